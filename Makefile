@@ -1,0 +1,68 @@
+# Softcue's front door. `make run` serves, `make test` tests; both make .venv when it is missing.
+#
+#   PYTHON=python3.12     another interpreter for .venv (3.11 or newer)
+#   TORCH_BACKEND=cpu     install torch through uv for this backend (cpu, cu130, auto, ...) instead of pip's default build
+#   PORT=9000             another port for `make run`
+
+PYTHON ?= python3
+PORT ?= 8000
+BIN := .venv/bin
+SOURCES := service prompt_store training tests benchmarks examples softcue.py
+EXAMPLES := support_intents product_copy data_questions
+
+.PHONY: run test check lint types tests tune-examples bench-smoke clean
+
+run: .venv/.run
+	@exec $(BIN)/softcue serve --config examples/softcue.toml --port $(PORT)
+
+test: .venv/.dev
+	$(BIN)/pytest
+
+check: lint types test
+
+lint: .venv/.dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+# Tunes the three examples again and replaces their committed prompts and reports. The store is a new one, so that the
+# gate holds each against its hand-written text prompt.
+tune-examples: .venv/.run
+	rm -rf build/tune-examples
+	for task in $(EXAMPLES); do \
+	    $(BIN)/softcue tune soft-prompt examples/$$task/recipe.toml --store build/tune-examples/store.db \
+	        --runs build/tune-examples/runs --save-to examples/$$task || exit 1; \
+	done
+
+# Tokens per second of the running parts, as a first measure; `make bench-engine` and its peers come with the fast engine.
+bench-smoke: .venv/.dev
+	$(BIN)/python -m benchmarks.smoke
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Softcue needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing: sudo apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+ifdef TORCH_BACKEND
+.venv/.torch: .venv/bin/python constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend $(TORCH_BACKEND) -c constraints.txt torch
+	@touch $@
+else
+.venv/.torch: .venv/bin/python constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@touch $@
+endif
+
+.venv/.run: .venv/.torch pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: .venv/.run
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build runs .softcue

@@ -1,0 +1,143 @@
+"""What the store refuses, and why.
+
+StoreError                  every message gives the fact and the remedy
+├── NotFound                .what, .name, .nearest (the closest known name, or None)
+│   ├── UnknownTask
+│   ├── UnknownVersion
+│   ├── UnknownAlias
+│   └── UnknownBase
+├── InvalidName             a task, alias, selector or model name outside the grammar
+├── InvalidTask             a task document that contradicts itself
+├── InvalidInputs           fields missing from, or unknown to, a task's template
+├── InvalidArtifact         damaged or unacceptable content: bytes, shape, dtype, NaN, report
+├── BaseMismatch            a soft prompt that does not fit the base it names
+├── InvalidRoute            a route document that contradicts itself
+├── Conflict                a compare-and-set lost; .current says what is there now
+├── NotYetSupported         a reserved shape that nothing serves yet
+├── SchemaMismatch          a database or document that this code cannot read
+└── StoreUnavailable        busy, full, read-only, missing or damaged database file
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+
+class StoreError(Exception):
+    """Base of everything the store raises on purpose. `str(error)` is fit to show to a user."""
+
+
+class NotFound(StoreError):
+    """A name that the store does not hold.
+
+    `known` are the names to look for a near miss in; `where` is put behind the name in the message.
+    """
+
+    what: ClassVar[str] = "entry"
+    remedy: ClassVar[str] = "check the name"
+
+    def __init__(self, name: str, known: Iterable[str] = (), *, where: str = "", remedy: str | None = None) -> None:
+        self.name = name
+        self.nearest = nearest_name(name, known)
+        fact = f"no {self.what} {name!r}{where}"
+        instead = remedy or self.remedy
+        hint = f"did you mean {self.nearest!r}? Otherwise {instead}" if self.nearest is not None else instead
+        super().__init__(f"{fact}; {hint}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Unpickling would otherwise take the message for the name.
+        return _revived, (type(self), str(self), vars(self))
+
+
+class UnknownTask(NotFound):
+    what = "task"
+    remedy = "list the tasks with `softcue prompts tasks`, or add this one with `softcue prompts apply-task FILE`"
+
+
+class UnknownVersion(NotFound):
+    what = "version"
+    remedy = "list the versions with `softcue prompts list TASK`"
+
+
+class UnknownAlias(NotFound):
+    what = "alias"
+    remedy = "list the aliases with `softcue prompts list TASK`, or set it with `softcue prompts alias`"
+
+
+class UnknownBase(NotFound):
+    what = "base model"
+    remedy = "register it by starting `softcue serve` or `softcue tune` on that base once"
+
+
+class InvalidName(StoreError):
+    pass
+
+
+class InvalidTask(StoreError):
+    pass
+
+
+class InvalidInputs(StoreError):
+    """Inputs that do not fit a template: `missing` and `unexpected` name the fields."""
+
+    def __init__(self, message: str, *, missing: tuple[str, ...] = (), unexpected: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.unexpected = unexpected
+
+
+class InvalidArtifact(StoreError):
+    pass
+
+
+class BaseMismatch(StoreError):
+    pass
+
+
+class InvalidRoute(StoreError):
+    pass
+
+
+class Conflict(StoreError):
+    """Somebody else was first. `current` is what the store holds now, None for nothing."""
+
+    def __init__(self, message: str, *, current: str | None = None) -> None:
+        super().__init__(message)
+        self.current = current
+
+
+class NotYetSupported(StoreError):
+    pass
+
+
+class SchemaMismatch(StoreError):
+    pass
+
+
+class StoreUnavailable(StoreError):
+    pass
+
+
+def _revived(kind: type[StoreError], message: str, state: dict[str, Any]) -> StoreError:
+    error = kind.__new__(kind, message)
+    vars(error).update(state)
+    return error
+
+
+_NUMBERED = re.compile(r"v(\d{1,9})")
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to `name`, or None when none is close.
+
+    Version labels are compared as numbers: of v1, v2 and v3, the nearest to v9 is v3.
+    """
+    candidates = list(dict.fromkeys(known))
+    asked = _NUMBERED.fullmatch(name)
+    if asked is not None:
+        labels = [(label, match) for label in candidates if (match := _NUMBERED.fullmatch(label))]
+        if labels:
+            return min(labels, key=lambda pair: abs(int(pair[1][1]) - int(asked[1])))[0]
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return close[0] if close else None

@@ -1,0 +1,86 @@
+"""The base models that the store has seen, by fingerprint."""
+
+from dataclasses import asdict
+from datetime import datetime
+
+from sqlalchemy import Connection, insert, select
+
+from prompt_store.access import Principal
+from prompt_store.changes import record
+from prompt_store.errors import Conflict, InvalidArtifact, InvalidName, UnknownBase
+from prompt_store.names import SHORTEST_DIGEST_PREFIX
+from prompt_store.prompts.version import BaseDescription
+from prompt_store.tables import bases
+
+
+def register_base(connection: Connection, base: BaseDescription, principal: Principal, at: datetime) -> None:
+    """Adds a base once. The first name stays: a fingerprint is one model, wherever its folder is.
+
+    Raises Conflict when the same fingerprint was registered with other sizes, InvalidArtifact for sizes below 1.
+    """
+    sizes = (base.hidden_size, base.layers, base.context_length, base.vocabulary_size)
+    if not base.fingerprint or not base.name or min(sizes) < 1:
+        raise InvalidArtifact(f"base {base.name!r} has an empty name, fingerprint or size; describe the loaded model")
+    known = {entry.fingerprint: entry for entry in read_bases(connection)}.get(base.fingerprint)
+    if known is not None:
+        differing = [
+            f"{key}={value!r} (was {asdict(known)[key]!r})"
+            for key, value in asdict(base).items()
+            if key != "name" and asdict(known)[key] != value
+        ]
+        if differing:
+            raise Conflict(
+                f"base {known.name!r} is already registered under fingerprint {base.fingerprint} with other facts: "
+                f"{', '.join(differing)}; a changed model needs a new fingerprint",
+                current=base.fingerprint,
+            )
+        return
+    connection.execute(insert(bases).values(**asdict(base), created_at=at, principal=principal.name))
+    record(
+        connection,
+        "base",
+        action="base.register",
+        task=None,
+        subject=base.fingerprint,
+        principal=principal,
+        at=at,
+        details={"name": base.name},
+    )
+
+
+def read_bases(connection: Connection) -> list[BaseDescription]:
+    """Every base, in the order in which they were registered."""
+    rows = connection.execute(select(bases).order_by(bases.c.created_at, bases.c.fingerprint))
+    return [
+        BaseDescription(
+            fingerprint=row.fingerprint,
+            name=row.name,
+            hidden_size=row.hidden_size,
+            layers=row.layers,
+            context_length=row.context_length,
+            vocabulary_size=row.vocabulary_size,
+            architecture=row.architecture,
+        )
+        for row in rows
+    ]
+
+
+def find_base(known: list[BaseDescription], name_or_fingerprint: str) -> BaseDescription:
+    """The base of that fingerprint, unique fingerprint prefix (8 or more characters) or unique name.
+
+    Raises UnknownBase naming the nearest, or InvalidName when it fits several.
+    """
+    exact = [base for base in known if base.fingerprint == name_or_fingerprint]
+    named = [base for base in known if base.name == name_or_fingerprint]
+    prefixed = (
+        [base for base in known if base.fingerprint.startswith(name_or_fingerprint)]
+        if len(name_or_fingerprint) >= SHORTEST_DIGEST_PREFIX
+        else []
+    )
+    found = exact or named or prefixed
+    if not found:
+        raise UnknownBase(name_or_fingerprint, [name for base in known for name in (base.name, base.fingerprint)])
+    if len(found) > 1:
+        listed = ", ".join(base.fingerprint[:12] for base in found)
+        raise InvalidName(f"{name_or_fingerprint!r} fits {len(found)} bases ({listed}); give more of the fingerprint")
+    return found[0]

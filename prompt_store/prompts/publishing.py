@@ -1,0 +1,225 @@
+"""Publishing a version: every check first, then one transaction that writes all of it or nothing."""
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from prompt_store.access import Principal
+from prompt_store.canonical import canonical_json
+from prompt_store.changes import record
+from prompt_store.errors import BaseMismatch, InvalidArtifact, NotYetSupported, UnknownBase
+from prompt_store.names import check_alias
+from prompt_store.prompts.aliases import set_alias
+from prompt_store.prompts.bases import read_bases
+from prompt_store.prompts.lookup import read_version
+from prompt_store.prompts.revisions import TaskRevision, current_revision, read_revision
+from prompt_store.prompts.soft_prompt import SoftPrompt
+from prompt_store.prompts.template import template_fields
+from prompt_store.prompts.version import (
+    BaseDescription,
+    EnsemblePayload,
+    Payload,
+    PrefixPayload,
+    PromptVersion,
+    Provenance,
+    RemoteModelPayload,
+    SoftPromptPayload,
+    TextPayload,
+    payload_base,
+    payload_tensors,
+    version_digest,
+)
+from prompt_store.tables import tasks, tensors, version_tensors, versions
+
+
+@dataclass(frozen=True)
+class NewVersion:
+    """What is to be published. `task_revision` is the digest of the revision it answers, by default the current one.
+
+    A soft prompt needs `base_fingerprint`; a text prompt may name the base it was judged on.
+    """
+
+    task: str
+    payload_content: SoftPrompt | TextPayload | PrefixPayload | RemoteModelPayload | EnsemblePayload
+    base_fingerprint: str | None = None
+    task_revision: str | None = None
+    provenance: Provenance = field(default_factory=Provenance)
+    report: dict[str, Any] | None = None
+    notes: str = ""
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """`created` is False when the same content was there already; `version` is then the first one, unchanged."""
+
+    version: PromptVersion
+    created: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked version, ready to be written: nothing about it can fail for the publisher's fault any more."""
+
+    digest: str
+    task_revision: TaskRevision
+    payload: Payload
+    tensors: dict[str, SoftPrompt]
+    columns: dict[str, Any]
+
+
+def prepare(connection: Connection, new: NewVersion, alias: str | None) -> Prepared:
+    """Every check, within a reading transaction.
+
+    Raises UnknownTask, UnknownBase, BaseMismatch, InvalidArtifact, InvalidName or NotYetSupported.
+    """
+    if alias is not None:
+        check_alias(alias)
+    revision = current_revision(connection, new.task)
+    if new.task_revision is not None and new.task_revision != revision.digest:
+        revision = read_revision(connection, new.task_revision)
+        if revision.task.name != new.task:
+            raise InvalidArtifact(
+                f"revision {revision.digest[:12]} belongs to task {revision.task.name!r}, not {new.task!r}; "
+                "publish for the task it was made for"
+            )
+    base = _find_base(connection, new.base_fingerprint) if new.base_fingerprint is not None else None
+    provenance = new.provenance
+    content = new.payload_content
+    if isinstance(content, SoftPrompt):
+        payload: Payload = _check_soft_prompt(content, base)
+        needed = {"soft_prompt": content}
+    elif isinstance(content, TextPayload):
+        _check_text(content, revision)
+        payload, needed = content, {}
+        if base is not None and provenance.base_fingerprint is None:
+            provenance = provenance.model_copy(update={"base_fingerprint": base.fingerprint})
+    else:
+        raise NotYetSupported(
+            f"a {content.kind} payload cannot be published yet; publish a soft prompt or a text prompt"
+        )
+    return Prepared(
+        digest=version_digest(revision.digest, payload),
+        task_revision=revision,
+        payload=payload,
+        tensors=needed,
+        columns={
+            "provenance": provenance.model_dump_json(),
+            "report": _text_of("report", new.report) if new.report is not None else None,
+            "notes": new.notes,
+            "tags": json.dumps(list(dict.fromkeys(new.tags))),
+        },
+    )
+
+
+def write(
+    connection: Connection, prepared: Prepared, alias: str | None, reason: str, principal: Principal, at: datetime
+) -> Published:
+    """Version row, tensors, audit entry, change and alias, within the caller's writing transaction."""
+    task = prepared.task_revision.task.name
+    known = connection.execute(select(versions.c.digest).where(versions.c.digest == prepared.digest)).one_or_none()
+    if known is None:
+        # First of all, so that publishers of one task wait for each other here.
+        connection.execute(update(tasks).where(tasks.c.name == task).values(last_version=tasks.c.last_version + 1))
+        number = connection.execute(select(tasks.c.last_version).where(tasks.c.name == task)).scalar_one()
+        connection.execute(
+            insert(versions).values(
+                digest=prepared.digest,
+                task=task,
+                number=number,
+                task_revision=prepared.task_revision.digest,
+                kind=prepared.payload.kind,
+                base_fingerprint=payload_base(prepared.payload),
+                payload=prepared.payload.model_dump_json(),
+                created_at=at,
+                principal=principal.name,
+                **prepared.columns,
+            )
+        )
+        for name, digest in payload_tensors(prepared.payload).items():
+            _write_tensor(connection, prepared.tensors[name], digest)
+            connection.execute(insert(version_tensors).values(version=prepared.digest, name=name, tensor=digest))
+        record(
+            connection,
+            "version",
+            action="version.publish",
+            task=task,
+            subject=prepared.digest,
+            principal=principal,
+            at=at,
+            reason=reason,
+            details={"number": number, "kind": prepared.payload.kind},
+        )
+    if alias is not None:
+        set_alias(connection, task, alias, prepared.digest, reason=reason, principal=principal, at=at)
+    return Published(read_version(connection, prepared.digest), created=known is None)
+
+
+def _find_base(connection: Connection, fingerprint: str) -> BaseDescription:
+    known = read_bases(connection)
+    for base in known:
+        if base.fingerprint == fingerprint:
+            return base
+    raise UnknownBase(fingerprint, [base.fingerprint for base in known])
+
+
+def _check_soft_prompt(prompt: SoftPrompt, base: BaseDescription | None) -> SoftPromptPayload:
+    prompt.check()
+    if base is None:
+        raise InvalidArtifact("a soft prompt runs only on the base it was trained on; give that base's fingerprint")
+    if prompt.hidden_size != base.hidden_size:
+        raise BaseMismatch(
+            f"soft prompt has H={prompt.hidden_size} but base {base.name!r} has H={base.hidden_size}; "
+            "retrain it on this base or publish it for another"
+        )
+    if prompt.length >= base.context_length:
+        raise BaseMismatch(
+            f"soft prompt has P={prompt.length} virtual tokens but base {base.name!r} has a context of "
+            f"{base.context_length}, which leaves no room for a request; retrain it with fewer virtual tokens"
+        )
+    return SoftPromptPayload(
+        tensor_digest=prompt.digest,
+        dtype=prompt.dtype,
+        shape=prompt.shape,
+        base_fingerprint=base.fingerprint,
+    )
+
+
+def _check_text(payload: TextPayload, revision: TaskRevision) -> None:
+    # It may leave inputs out; it must not ask for fields that no request will bring.
+    try:
+        used = template_fields(payload.messages)
+    except ValueError as error:
+        raise InvalidArtifact(f"the text prompt's messages are not templates: {error}") from error
+    unknown = [name for name in used if name not in revision.task.inputs]
+    if unknown:
+        raise InvalidArtifact(
+            f"the text prompt uses {{{unknown[0]}}}, which is not an input of task {revision.task.name!r}; "
+            f"use {', '.join(revision.task.inputs) or 'no placeholder'}, or apply a task that has it"
+        )
+
+
+def _text_of(what: str, document: dict[str, Any]) -> str:
+    try:
+        return canonical_json(document).decode()
+    except ValueError as error:
+        raise InvalidArtifact(
+            f"the {what} cannot be stored as JSON: {error}; write NaN and infinity as null"
+        ) from error
+
+
+def _write_tensor(connection: Connection, prompt: SoftPrompt, digest: str) -> None:
+    if connection.execute(select(tensors.c.digest).where(tensors.c.digest == digest)).one_or_none() is not None:
+        return
+    connection.execute(
+        insert(tensors).values(
+            digest=digest,
+            dtype=prompt.dtype,
+            shape=json.dumps(list(prompt.shape)),
+            size_bytes=prompt.size_bytes,
+            data=prompt.data,
+        )
+    )

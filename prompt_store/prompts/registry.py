@@ -1,0 +1,187 @@
+"""The registry: one object over the store's tasks, bases, versions, aliases and routes.
+
+Each method is one transaction; what happens inside is in the module of its noun. Every method may raise
+StoreUnavailable, and those that take a task UnknownTask.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from prompt_store import routes
+from prompt_store.access import Principal
+from prompt_store.changes import Change, ChangeWatcher, read_changes
+from prompt_store.database import Database
+from prompt_store.names import AliasSelector, parse_selector
+from prompt_store.prompts import aliases, bases, lookup, publishing, revisions
+from prompt_store.prompts.aliases import UNSET, Alias, AliasMove, Unset
+from prompt_store.prompts.publishing import NewVersion, Published
+from prompt_store.prompts.revisions import TaskRevision
+from prompt_store.prompts.snapshot import StoreSnapshot, read_snapshot
+from prompt_store.prompts.soft_prompt import SoftPrompt
+from prompt_store.prompts.task import Task
+from prompt_store.prompts.version import BaseDescription, PromptVersion
+from prompt_store.routes import DirectRoute, Route, RouteRevision
+
+__all__ = [
+    "UNSET",
+    "Alias",
+    "AliasMove",
+    "BaseDescription",
+    "Change",
+    "ChangeWatcher",
+    "NewVersion",
+    "Published",
+    "Registry",
+    "StoreSnapshot",
+    "TaskRevision",
+    "Unset",
+]
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Registry:
+    """Threads may share one. `now` gives the time that rows are stamped with."""
+
+    def __init__(self, database: Database, *, now: Callable[[], datetime] = utc_now) -> None:
+        self.database = database
+        self._now = now
+
+    def register_base(self, base: BaseDescription, principal: Principal) -> None:
+        """Makes a base known, once. Raises Conflict when its fingerprint is known with other sizes."""
+        with self.database.read() as connection:
+            if base in bases.read_bases(connection):
+                return
+        with self.database.write() as connection:
+            bases.register_base(connection, base, principal, self._now())
+
+    def bases(self) -> list[BaseDescription]:
+        with self.database.read() as connection:
+            return bases.read_bases(connection)
+
+    def find_base(self, name_or_fingerprint: str) -> BaseDescription:
+        """By name, fingerprint or unique prefix of it. Raises UnknownBase or InvalidName."""
+        return bases.find_base(self.bases(), name_or_fingerprint)
+
+    def apply_task(self, task: Task, principal: Principal) -> TaskRevision:
+        """Makes `task` the current revision of its name; see `revisions.apply_task` for equal content."""
+        with self.database.write() as connection:
+            return revisions.apply_task(connection, task, principal, self._now())
+
+    def task(self, name: str) -> TaskRevision:
+        """The task's current revision."""
+        with self.database.read() as connection:
+            return revisions.current_revision(connection, name)
+
+    def task_revision(self, digest: str) -> TaskRevision:
+        """Raises UnknownVersion."""
+        with self.database.read() as connection:
+            return revisions.read_revision(connection, digest)
+
+    def tasks(self) -> list[TaskRevision]:
+        """The current revision of every task, by name."""
+        with self.database.read() as connection:
+            return revisions.current_revisions(connection)
+
+    def publish(self, new: NewVersion, alias: str | None, reason: str, principal: Principal) -> Published:
+        """Checks everything, then writes version, tensors, audit entry, change and alias in one transaction.
+
+        The same content twice is one version: the second time only the alias moves, and the first publisher's report,
+        notes and provenance stay. Raises UnknownTask, UnknownBase, BaseMismatch, InvalidArtifact, InvalidName or
+        NotYetSupported, all before anything is written.
+        """
+        with self.database.read() as connection:
+            prepared = publishing.prepare(connection, new, alias)
+        with self.database.write() as connection:
+            return publishing.write(connection, prepared, alias, reason, principal, self._now())
+
+    def version(self, task: str, selector: str) -> PromptVersion:
+        """By alias, `v7`, digest or digest prefix. Raises UnknownVersion or UnknownAlias naming the nearest."""
+        with self.database.read() as connection:
+            return lookup.find_version(connection, task, selector)
+
+    def versions(self, task: str) -> list[PromptVersion]:
+        """Newest first."""
+        with self.database.read() as connection:
+            return lookup.task_versions(connection, task)
+
+    def soft_prompt(self, version: str) -> SoftPrompt:
+        """The tensor of the version with this full digest, hashed again. Raises UnknownVersion or InvalidArtifact."""
+        with self.database.read() as connection:
+            return lookup.read_soft_prompt(connection, version)
+
+    def move_alias(
+        self,
+        task: str,
+        alias: str,
+        selector: str,
+        *,
+        expected: str | Unset | None = UNSET,
+        reason: str,
+        principal: Principal,
+    ) -> Alias:
+        """Compare-and-set: `expected` is where the alias must point now (a digest or `v7`), None for nowhere.
+
+        Raises Conflict saying where it points instead; UnknownVersion, UnknownAlias and InvalidName as `version`.
+        """
+        with self.database.write() as connection:
+            return aliases.move_alias(
+                connection,
+                task,
+                alias,
+                selector,
+                expected=expected,
+                reason=reason,
+                principal=principal,
+                at=self._now(),
+            )
+
+    def aliases(self, task: str) -> list[Alias]:
+        with self.database.read() as connection:
+            return aliases.read_aliases(connection, task)
+
+    def alias_history(self, task: str, alias: str) -> list[AliasMove]:
+        """Oldest first."""
+        with self.database.read() as connection:
+            return aliases.read_alias_history(connection, task, alias)
+
+    def apply_route(self, task: str, route: Route, principal: Principal) -> RouteRevision:
+        """Puts a route in force. An alias in it may be set later; a number or digest must exist now.
+
+        Raises NotYetSupported for reserved kinds, UnknownVersion.
+        """
+        routes.check_servable(route)
+        with self.database.write() as connection:
+            revisions.require_task(connection, task)
+            if isinstance(route, DirectRoute) and not isinstance(parse_selector(route.version), AliasSelector):
+                lookup.find_digest(connection, task, route.version)
+            return routes.apply_route(connection, task, route, principal, self._now())
+
+    def route(self, task: str) -> Route:
+        """The route in force; DirectRoute() where none was applied."""
+        with self.database.read() as connection:
+            revisions.require_task(connection, task)
+            revision = routes.read_route(connection, task)
+            return revision.route if revision is not None else DirectRoute()
+
+    def route_history(self, task: str) -> list[RouteRevision]:
+        """Newest first."""
+        with self.database.read() as connection:
+            revisions.require_task(connection, task)
+            return routes.read_route_history(connection, task)
+
+    def changes_since(self, sequence: int) -> list[Change]:
+        """Oldest first."""
+        with self.database.read() as connection:
+            return read_changes(connection, sequence)
+
+    def watch(self) -> ChangeWatcher:
+        """Make it before the first `snapshot`."""
+        return ChangeWatcher(self.database)
+
+    def snapshot(self) -> StoreSnapshot:
+        """Everything but tensor bytes, as of one moment."""
+        with self.database.read() as connection:
+            return read_snapshot(connection)

@@ -1,0 +1,182 @@
+"""A PromptVersion: an immutable, content-addressed answer to one task revision, and what its digest covers.
+
+The payload is a tagged union by `kind`. Today soft prompts and text prompts can be published; the other kinds are
+shapes that the registry refuses until something serves them.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from prompt_store.canonical import canonical_digest
+from prompt_store.prompts.template import Message
+
+VERSION_SCHEMA = "softcue.version/1"
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseDescription:
+    """What the store needs to know of a base model: its fingerprint, and the sizes that a soft prompt must fit."""
+
+    fingerprint: str
+    name: str
+    hidden_size: int
+    layers: int
+    context_length: int
+    vocabulary_size: int
+    architecture: str
+
+
+class SoftPromptPayload(BaseModel):
+    """A learned tensor [P, H]; its bytes stay in the store until `Registry.soft_prompt` asks for them."""
+
+    model_config = _FROZEN
+
+    kind: Literal["soft_prompt"] = "soft_prompt"
+    tensor_digest: Digest
+    dtype: Literal["F32", "BF16", "F16"]
+    shape: tuple[int, int]
+    base_fingerprint: str
+    placement: Literal["before_all"] = "before_all"
+
+
+class PrefixPayload(BaseModel):
+    """Reserved: key/value pairs per layer; `tensors` maps a name such as `layers.0.key` to a tensor digest."""
+
+    model_config = _FROZEN
+
+    kind: Literal["prefix"] = "prefix"
+    tensors: dict[str, Digest]
+    dtype: Literal["F32", "BF16", "F16"]
+    length: int
+    base_fingerprint: str
+    placement: Literal["before_all"] = "before_all"
+
+
+class TextPayload(BaseModel):
+    """Messages that stand in for the task's own; placeholders are the task's inputs."""
+
+    model_config = _FROZEN
+
+    kind: Literal["text"] = "text"
+    messages: tuple[Message, ...] = Field(min_length=1)
+
+
+class RemoteModelPayload(BaseModel):
+    """Reserved: a fine-tuned model at a provider."""
+
+    model_config = _FROZEN
+
+    kind: Literal["remote_model"] = "remote_model"
+    provider: str
+    model: str
+
+
+class EnsemblePayload(BaseModel):
+    """Reserved: versions of one task that answer together."""
+
+    model_config = _FROZEN
+
+    kind: Literal["ensemble"] = "ensemble"
+    members: tuple[Digest, ...] = Field(min_length=2)
+
+
+Payload = Annotated[
+    SoftPromptPayload | PrefixPayload | TextPayload | RemoteModelPayload | EnsemblePayload, Field(discriminator="kind")
+]
+PAYLOAD: TypeAdapter[Payload] = TypeAdapter(Payload)
+
+
+class DatasetUse(BaseModel):
+    """A dataset that a version was trained or evaluated on."""
+
+    model_config = _FROZEN
+
+    name: str
+    digest: str
+    rows: int = Field(ge=0)
+
+
+class Provenance(BaseModel):
+    """Where a version came from; every field may be unknown. Not part of the version's digest."""
+
+    model_config = _FROZEN
+
+    recipe_hash: str | None = None
+    datasets: tuple[DatasetUse, ...] = ()
+    base_fingerprint: str | None = None
+    parent: str | None = None  # digest of the version that this one was initialised from
+    code_version: str | None = None
+    seed: int | None = None
+    run_as: str | None = None  # how the weights were run, such as "float32 on cpu"; recorded, never refused
+
+
+class PromptVersion(BaseModel):
+    """One published version. `digest` names the content; number, report, notes and the rest are rows beside it."""
+
+    model_config = _FROZEN
+
+    task: str
+    number: int
+    digest: str
+    task_revision: str
+    payload: Payload
+    provenance: Provenance
+    report: dict[str, Any] | None
+    notes: str
+    tags: tuple[str, ...]
+    created_at: datetime
+    principal: str
+
+    @property
+    def label(self) -> str:
+        """The number as people write it: `v7`."""
+        return f"v{self.number}"
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """The base that the payload is bound to; None for kinds that run anywhere."""
+        return payload_base(self.payload)
+
+
+def payload_base(payload: Payload) -> str | None:
+    return payload.base_fingerprint if isinstance(payload, SoftPromptPayload | PrefixPayload) else None
+
+
+def payload_tensors(payload: Payload) -> dict[str, str]:
+    """The tensors that a payload needs, name to digest."""
+    if isinstance(payload, SoftPromptPayload):
+        return {"soft_prompt": payload.tensor_digest}
+    return dict(payload.tensors) if isinstance(payload, PrefixPayload) else {}
+
+
+def version_digest(task_revision: str, payload: Payload) -> str:
+    """SHA-256 over canonical JSON of schema, kind, task revision, base, placement, tensor digests and other content.
+
+    Every key is always present, null where a kind has nothing to say. A tensor digest covers dtype and shape, so they
+    are not repeated; `content` holds what is neither tensor nor binding: messages, a remote id, members.
+    """
+    content: Any = None
+    if isinstance(payload, TextPayload):
+        content = [message.model_dump(mode="json") for message in payload.messages]
+    elif isinstance(payload, RemoteModelPayload):
+        content = {"provider": payload.provider, "model": payload.model}
+    elif isinstance(payload, EnsemblePayload):
+        content = list(payload.members)
+    return canonical_digest(
+        {
+            "schema": VERSION_SCHEMA,
+            "kind": payload.kind,
+            "task_revision": task_revision,
+            "base_fingerprint": payload_base(payload),
+            "placement": getattr(payload, "placement", None),
+            "tensors": payload_tensors(payload),
+            "content": content,
+        }
+    )

@@ -1,0 +1,322 @@
+"""Every table, as SQLAlchemy Core metadata. `migrations/` builds the same schema step by step; a test compares them.
+
+Documents (tasks, payloads, routes, reports) are canonical JSON in text columns: they are read whole, and their spelling
+is what digests were taken over. Principals are names, without a table: whoever wrote a row is written in it.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+    }
+)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware datetime in UTC; SQLite has no time zones, so there it is stored without one."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a datetime without time zone cannot be stored; use datetime.now(UTC)")
+        return value.astimezone(UTC).replace(tzinfo=None) if dialect.name == "sqlite" else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+def _name(column: str = "name", *arguments: Any, **options: Any) -> Column[str]:
+    return Column(column, String(64), *arguments, **({"nullable": False} | options))
+
+
+def _digest(column: str = "digest", *arguments: Any, **options: Any) -> Column[str]:
+    return Column(column, String(64), *arguments, **({"nullable": False} | options))
+
+
+def _moment(column: str = "created_at", **options: Any) -> Column[datetime]:
+    return Column(column, UtcDateTime(), **({"nullable": False} | options))
+
+
+def _principal() -> Column[str]:
+    return Column("principal", Text, nullable=False)
+
+
+# The store itself ---------------------------------------------------------------------------------------------------
+
+meta = Table(
+    "meta",
+    metadata,
+    Column("key", String(64), primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+)
+
+# One row, locked by whoever writes: PostgreSQL's own sequences would number changes out of commit order.
+change_counter = Table(
+    "change_counter",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("sequence", BigInteger, nullable=False),
+    CheckConstraint("id = 1", name="single_row"),
+)
+
+changes = Table(
+    "changes",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", String(32), nullable=False),
+    _name("task", nullable=True),
+    Column("subject", Text, nullable=False),
+    _moment("at"),
+    _principal(),
+)
+
+# The change log may be trimmed one day; the audit trail is kept.
+audit = Table(
+    "audit",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("action", String(64), nullable=False),
+    _name("task", nullable=True),
+    Column("subject", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("details", Text, nullable=False),
+    _moment("at"),
+    _principal(),
+    Index(None, "task"),
+)
+
+# Tasks, bases, versions ---------------------------------------------------------------------------------------------
+
+bases = Table(
+    "bases",
+    metadata,
+    Column("fingerprint", String(128), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("hidden_size", Integer, nullable=False),
+    Column("layers", Integer, nullable=False),
+    Column("context_length", Integer, nullable=False),
+    Column("vocabulary_size", Integer, nullable=False),
+    Column("architecture", Text, nullable=False),
+    _moment(),
+    _principal(),
+)
+
+# `current_revision` has no foreign key: it would close a circle with task_revisions. `last_version` outlives deleted
+# versions, so a number is never given twice, and its row is what publishers of one task wait on.
+tasks = Table(
+    "tasks",
+    metadata,
+    _name("name", primary_key=True),
+    _digest("current_revision"),
+    Column("last_version", Integer, nullable=False),
+    _moment(),
+    _principal(),
+)
+
+task_revisions = Table(
+    "task_revisions",
+    metadata,
+    _digest("digest", primary_key=True),
+    _name("task", ForeignKey("tasks.name")),
+    Column("number", Integer, nullable=False),
+    Column("document", Text, nullable=False),
+    _moment(),
+    _principal(),
+    UniqueConstraint("task", "number"),
+)
+
+tensors = Table(
+    "tensors",
+    metadata,
+    _digest("digest", primary_key=True),
+    Column("dtype", String(16), nullable=False),
+    Column("shape", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    _digest("digest", primary_key=True),
+    _name("task", ForeignKey("tasks.name")),
+    Column("number", Integer, nullable=False),
+    _digest("task_revision", ForeignKey("task_revisions.digest")),
+    Column("kind", String(32), nullable=False),
+    Column("base_fingerprint", String(128), ForeignKey("bases.fingerprint"), nullable=True),
+    Column("payload", Text, nullable=False),
+    Column("provenance", Text, nullable=False),
+    Column("report", Text, nullable=True),
+    Column("notes", Text, nullable=False),
+    Column("tags", Text, nullable=False),
+    _moment(),
+    _principal(),
+    UniqueConstraint("task", "number"),
+    Index(None, "base_fingerprint"),
+)
+
+# Tensors are shared by content and named per version, so that a prefix payload (one pair per layer) fits as it is.
+version_tensors = Table(
+    "version_tensors",
+    metadata,
+    _digest("version", ForeignKey("versions.digest"), primary_key=True),
+    Column("name", String(128), primary_key=True),
+    _digest("tensor", ForeignKey("tensors.digest")),
+    Index(None, "tensor"),
+)
+
+aliases = Table(
+    "aliases",
+    metadata,
+    _name("task", ForeignKey("tasks.name"), primary_key=True),
+    _name("name", primary_key=True),
+    _digest("version", ForeignKey("versions.digest")),
+    _moment("moved_at"),
+    _principal(),
+    Index(None, "version"),
+)
+
+# History names versions without foreign keys: it must outlive them. `target` is null when an alias is removed.
+alias_moves = Table(
+    "alias_moves",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    _name("task"),
+    _name("alias"),
+    _digest("previous", nullable=True),
+    _digest("target", nullable=True),
+    Column("reason", Text, nullable=False),
+    _moment("at"),
+    _principal(),
+    Index(None, "task", "alias"),
+)
+
+route_revisions = Table(
+    "route_revisions",
+    metadata,
+    _name("task", ForeignKey("tasks.name"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("document", Text, nullable=False),
+    _moment(),
+    _principal(),
+)
+
+# The ledger: shipped in batches from each replica's journal and deduplicated by id, so without foreign keys --
+
+exposures = Table(
+    "exposures",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("generation_id", Text, nullable=False),
+    _name("experiment"),
+    _name("task"),
+    _name("arm"),
+    _digest("version"),
+    Column("unit_hash", String(64), nullable=False),
+    Column("assignment_probability", Float, nullable=False),
+    Column("forced", Boolean, nullable=False),
+    _moment("at"),
+    _principal(),
+    CheckConstraint("assignment_probability > 0 AND assignment_probability <= 1", name="probability"),
+    Index(None, "experiment", "at"),
+    Index(None, "generation_id"),
+)
+
+outcomes = Table(
+    "outcomes",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("generation_id", Text, nullable=False),
+    _name("task"),
+    Column("metric", String(64), nullable=False),
+    Column("value", Float, nullable=False),
+    _moment("at"),
+    _principal(),
+    Index(None, "task", "metric", "at"),
+    Index(None, "generation_id"),
+)
+
+# Fine-tuning files and jobs ------------------------------------------------------------------------------------------
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("filename", Text, nullable=False),
+    Column("purpose", String(64), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    _digest("digest"),
+    Column("content", LargeBinary, nullable=False),
+    _moment(),
+    _moment("expires_at", nullable=True),
+    _principal(),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("status", String(32), nullable=False),
+    Column("training_file", String(64), nullable=False),
+    Column("validation_file", String(64), nullable=True),
+    Column("method", Text, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("suffix", String(64), nullable=True),
+    Column("metadata", Text, nullable=False),
+    Column("fine_tuned_model", Text, nullable=True),
+    Column("trained_tokens", BigInteger, nullable=True),
+    Column("result_files", Text, nullable=False),
+    Column("error", Text, nullable=True),
+    _moment(),
+    _moment("finished_at", nullable=True),
+    _moment("estimated_finish", nullable=True),
+    Column("lease_owner", Text, nullable=True),
+    _moment("lease_expires_at", nullable=True),
+    _principal(),
+    Index(None, "status", "created_at"),
+)
+
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("job", String(64), ForeignKey("jobs.id"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("level", String(16), nullable=False),
+    Column("type", String(32), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("data", Text, nullable=True),
+    _moment(),
+    UniqueConstraint("job", "number"),
+)

@@ -1,0 +1,70 @@
+"""Small real values for the store's tests."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prompt_store.access import Principal
+from prompt_store.prompts.registry import BaseDescription, NewVersion, Published, Registry
+from prompt_store.prompts.soft_prompt import SoftPrompt
+from prompt_store.prompts.task import Task, parse_task
+
+ANNA = Principal("anna")
+BORIS = Principal("boris")
+
+BASE = BaseDescription("a1" * 32, "demo-base", 16, 2, 64, 512, "LlamaForCausalLM")
+OTHER_BASE = BaseDescription("b2" * 32, "other-base", 16, 2, 64, 512, "LlamaForCausalLM")
+
+TASK_TOML = """
+name = "support_intents"
+kind = "classify"
+description = "Which intent a message has"
+inputs = ["message"]
+labels = ["refund", "delivery"]
+
+[[messages]]
+role = "user"
+content = "{message}"
+
+[sampling]
+max_tokens = 8
+
+[[metrics]]
+name = "accuracy"
+direction = "maximise"
+"""
+
+
+def task(name: str = "support_intents", **changes: Any) -> Task:
+    document: dict[str, Any] = {
+        "name": name,
+        "kind": "classify",
+        "inputs": ["message"],
+        "labels": ["refund", "delivery"],
+        "messages": [{"role": "user", "content": "{message}"}],
+        "metrics": [{"name": "accuracy", "direction": "maximise"}],
+    }
+    return parse_task({**document, **changes})
+
+
+def prompt(seed: int = 0, length: int = 4, hidden_size: int = 16) -> SoftPrompt:
+    values = np.random.default_rng(seed).standard_normal((length, hidden_size))
+    return SoftPrompt.from_float32(values)
+
+
+def publish(registry: Registry, seed: int = 0, alias: str | None = None, **changes: Any) -> Published:
+    fields: dict[str, Any] = {
+        "task": "support_intents",
+        "payload_content": prompt(seed),
+        "base_fingerprint": BASE.fingerprint,
+    }
+    return registry.publish(NewVersion(**{**fields, **changes}), alias, "because", ANNA)
+
+
+def bundle(folder: Path) -> Path:
+    """A bundle with one task and no prompt yet; returns the task's folder."""
+    inner = folder / "support_intents"
+    inner.mkdir(parents=True)
+    (inner / "task.toml").write_text(TASK_TOML)
+    return inner

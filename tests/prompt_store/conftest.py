@@ -1,0 +1,27 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prompt_store.database import Database
+from prompt_store.prompts.registry import Registry
+from tests.prompt_store.building import ANNA, BASE, task
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    with Database.open(tmp_path / "store" / "softcue.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def empty_registry(database: Database) -> Registry:
+    return Registry(database)
+
+
+@pytest.fixture
+def registry(empty_registry: Registry) -> Registry:
+    """Knows one base and one task, and has no version yet."""
+    empty_registry.register_base(BASE, ANNA)
+    empty_registry.apply_task(task(), ANNA)
+    return empty_registry

@@ -1,0 +1,101 @@
+import threading
+
+import pytest
+
+from prompt_store.errors import Conflict, InvalidName, UnknownAlias, UnknownVersion
+from prompt_store.prompts.registry import Alias, Registry
+from tests.prompt_store.building import ANNA, BORIS, publish
+
+TASK = "support_intents"
+
+
+@pytest.fixture
+def digests(registry: Registry) -> list[str]:
+    """Three versions."""
+    return [publish(registry, seed=seed).version.digest for seed in range(3)]
+
+
+def move(registry: Registry, selector: str, **options: object) -> Alias:
+    return registry.move_alias(TASK, "production", selector, reason="why", principal=BORIS, **options)  # type: ignore[arg-type]
+
+
+def test_an_alias_moves_and_its_history_says_who_when_and_why(registry: Registry, digests: list[str]) -> None:
+    publish(registry, seed=0, alias="production")
+    alias = move(registry, "v3")
+    assert (alias.version, alias.number, alias.principal) == (digests[2], 3, "boris")
+    assert registry.version(TASK, "production").label == "v3"
+    history = registry.alias_history(TASK, "production")
+    assert [(entry.previous, entry.target, entry.principal, entry.reason) for entry in history] == [
+        (None, digests[0], "anna", "because"),
+        (digests[0], digests[2], "boris", "why"),
+    ]
+    assert alias.moved_at == history[1].at
+
+
+def test_an_alias_may_be_set_to_what_another_alias_names(registry: Registry, digests: list[str]) -> None:
+    registry.move_alias(TASK, "candidate", "v2", reason="", principal=ANNA)
+    assert move(registry, "candidate").version == digests[1]
+    assert [alias.name for alias in registry.aliases(TASK)] == ["candidate", "production"]
+
+
+def test_moving_an_alias_where_it_is_writes_nothing(registry: Registry, digests: list[str]) -> None:
+    first = move(registry, "v1")
+    sequence = registry.snapshot().sequence
+    assert move(registry, digests[0]) == first
+    assert registry.snapshot().sequence == sequence
+
+
+@pytest.mark.parametrize("expected", ["v1", "production", "digest"])
+def test_an_expectation_that_holds_lets_the_move_through(registry: Registry, digests: list[str], expected: str) -> None:
+    move(registry, "v1", expected=None)
+    assert move(registry, "v2", expected=digests[0] if expected == "digest" else expected).number == 2
+
+
+def test_an_expectation_that_fails_says_what_is_there_now(registry: Registry, digests: list[str]) -> None:
+    with pytest.raises(Conflict, match="points at nothing, not at v1") as caught:
+        move(registry, "v2", expected="v1")
+    assert caught.value.current is None
+    move(registry, "v2")
+    for expected, named in ((digests[0], "v1"), (None, "nothing")):
+        with pytest.raises(Conflict, match=rf"points at v2 \(.*moved there by boris at .* not at {named}") as caught:
+            move(registry, "v3", expected=expected)
+        assert caught.value.current == digests[1]
+    assert registry.version(TASK, "production").label == "v2"
+    assert len(registry.alias_history(TASK, "production")) == 1
+
+
+def test_of_two_people_promoting_at_once_one_wins(registry: Registry, digests: list[str]) -> None:
+    move(registry, "v1")
+    start = threading.Barrier(2)
+    answers: dict[str, object] = {}
+
+    def promote(selector: str) -> None:
+        start.wait()
+        try:
+            answers[selector] = move(registry, selector, expected=digests[0]).version
+        except Conflict as error:
+            answers[selector] = error
+
+    threads = [threading.Thread(target=promote, args=(selector,)) for selector in ("v2", "v3")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (loser,) = [answer for answer in answers.values() if isinstance(answer, Conflict)]
+    (winner,) = [answer for answer in answers.values() if isinstance(answer, str)]
+    assert loser.current == winner == registry.version(TASK, "production").digest
+
+
+def test_names_that_are_no_aliases_and_targets_that_are_absent_are_refused(
+    registry: Registry, digests: list[str]
+) -> None:
+    with pytest.raises(InvalidName):
+        registry.move_alias(TASK, "v9", "v1", reason="", principal=ANNA)
+    with pytest.raises(UnknownVersion, match="did you mean 'v3'"):
+        move(registry, "v4")
+    with pytest.raises(UnknownVersion):
+        move(registry, "v1", expected="v9")
+    move(registry, "v1")
+    with pytest.raises(UnknownAlias, match="did you mean 'production'"):
+        registry.alias_history(TASK, "prodution")
+    assert registry.alias_history(TASK, "production")[0].target == digests[0]

@@ -1,0 +1,219 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prompt_store.errors import (
+    BaseMismatch,
+    InvalidArtifact,
+    InvalidName,
+    NotYetSupported,
+    StoreError,
+    StoreUnavailable,
+    UnknownBase,
+    UnknownVersion,
+)
+from prompt_store.prompts.registry import NewVersion, Registry
+from prompt_store.prompts.soft_prompt import SoftPrompt
+from prompt_store.prompts.template import Message
+from prompt_store.prompts.version import (
+    EnsemblePayload,
+    PrefixPayload,
+    Provenance,
+    RemoteModelPayload,
+    SoftPromptPayload,
+    TextPayload,
+)
+from tests.prompt_store.building import ANNA, BASE, BORIS, OTHER_BASE, prompt, publish, task
+
+A, B = "a" * 64, "b" * 64
+NAN = SoftPrompt.from_float32(np.array([[0.0] * 16, [np.nan] * 16]))
+
+
+def text(content: str = "Classify: {message}") -> TextPayload:
+    return TextPayload(messages=(Message(role="user", content=content),))
+
+
+def count_rows(registry: Registry) -> dict[str, int]:
+    with registry.database.read() as connection:
+        return {
+            table: connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one()
+            for table in ("versions", "tensors", "version_tensors", "aliases", "alias_moves", "changes", "audit")
+        }
+
+
+def test_a_published_soft_prompt_reads_back_exactly(registry: Registry) -> None:
+    provenance = Provenance(recipe_hash="r", seed=3, run_as="float32 on cpu")
+    published = publish(registry, provenance=provenance, report={"accuracy": 0.9}, notes="n", tags=("b", "a", "b"))
+    version = published.version
+    assert published.created
+    assert registry.version("support_intents", "v1") == version
+    assert version.payload == SoftPromptPayload(
+        tensor_digest=prompt().digest, dtype="F32", shape=(4, 16), base_fingerprint=BASE.fingerprint
+    )
+    assert version.task_revision == task().digest
+    assert (version.provenance, version.report, version.notes) == (provenance, {"accuracy": 0.9}, "n")
+    assert version.tags == ("b", "a")
+    assert registry.soft_prompt(version.digest) == prompt()
+
+
+def test_the_same_content_twice_is_one_version_and_the_alias_still_moves(registry: Registry) -> None:
+    first = publish(registry, seed=1, notes="first")
+    publish(registry, seed=2, alias="production")
+    before = count_rows(registry)
+    again = registry.publish(
+        NewVersion("support_intents", prompt(1), BASE.fingerprint, notes="second"), "production", "back", BORIS
+    )
+    assert (again.version, again.created) == (first.version, False)
+    assert again.version.notes == "first"
+    assert registry.version("support_intents", "production") == first.version
+    assert count_rows(registry) == before | {
+        "alias_moves": before["alias_moves"] + 1,
+        "changes": before["changes"] + 1,
+        "audit": before["audit"] + 1,
+    }
+
+
+def test_the_same_content_twice_under_the_same_alias_writes_nothing(registry: Registry) -> None:
+    publish(registry, alias="production")
+    before = count_rows(registry)
+    assert not publish(registry, alias="production").created
+    assert count_rows(registry) == before
+
+
+def test_one_tensor_for_two_tasks_is_stored_once_as_two_versions(registry: Registry) -> None:
+    registry.apply_task(task("other"), ANNA)
+    versions = [publish(registry).version, publish(registry, task="other").version]
+    assert [version.label for version in versions] == ["v1", "v1"]
+    assert versions[0].digest != versions[1].digest
+    rows = count_rows(registry)
+    assert (rows["tensors"], rows["versions"]) == (1, 2)
+    assert [registry.soft_prompt(version.digest) for version in versions] == [prompt(), prompt()]
+
+
+def test_one_tensor_for_two_bases_is_two_versions(registry: Registry) -> None:
+    registry.register_base(OTHER_BASE, ANNA)
+    assert publish(registry).version.label == "v1"
+    assert publish(registry, base_fingerprint=OTHER_BASE.fingerprint).version.label == "v2"
+
+
+def test_a_version_answers_the_revision_that_was_current_or_was_named(registry: Registry) -> None:
+    old = registry.task("support_intents").digest
+    new = registry.apply_task(task(description="edited"), ANNA).digest
+    assert publish(registry).version.task_revision == new
+    assert publish(registry, task_revision=old).version.task_revision == old
+    with pytest.raises(UnknownVersion):
+        publish(registry, task_revision=A)
+    other = registry.apply_task(task("other"), ANNA).digest
+    with pytest.raises(InvalidArtifact, match="belongs to task 'other'"):
+        publish(registry, task_revision=other)
+
+
+def test_a_text_prompt_is_published_for_any_base(registry: Registry) -> None:
+    published = publish(registry, payload_content=text(), base_fingerprint=None, alias="production")
+    assert published.version.payload == text()
+    assert published.version.base_fingerprint is None
+    judged = publish(registry, payload_content=text("{message}?"))
+    assert judged.version.provenance.base_fingerprint == BASE.fingerprint
+    with pytest.raises(InvalidArtifact, match="holds a text payload, not a soft prompt"):
+        registry.soft_prompt(published.version.digest)
+
+
+BAD: list[tuple[dict[str, Any], type[StoreError], str]] = [
+    ({"payload_content": prompt(hidden_size=8)}, BaseMismatch, "H=8 but base 'demo-base' has H=16; retrain it"),
+    ({"payload_content": prompt(length=64)}, BaseMismatch, "P=64 virtual tokens but .* context of 64"),
+    ({"payload_content": NAN}, InvalidArtifact, "NaN or infinite values, first in row 1"),
+    ({"payload_content": SoftPrompt("F32", (4, 16), bytes(255))}, InvalidArtifact, "needs 256 bytes but has 255"),
+    ({"payload_content": SoftPrompt("F64", (4, 16), bytes(512))}, InvalidArtifact, "dtype 'F64'"),
+    ({"base_fingerprint": "a1" * 31 + "ff"}, UnknownBase, f"did you mean '{BASE.fingerprint}'"),
+    ({"base_fingerprint": "nowhere"}, UnknownBase, "register it by starting"),
+    ({"base_fingerprint": None}, InvalidArtifact, "give that base's fingerprint"),
+    ({"alias": "v7"}, InvalidName, "reads as a version number"),
+    ({"report": {"loss": float("nan")}}, InvalidArtifact, "report cannot be stored as JSON"),
+    ({"payload_content": text("{title}")}, InvalidArtifact, "uses {title}, which is not an input"),
+    ({"payload_content": text("{")}, InvalidArtifact, "a lone '{'"),
+    ({"payload_content": EnsemblePayload(members=(A, B))}, NotYetSupported, "a ensemble payload"),
+    ({"payload_content": RemoteModelPayload(provider="openai", model="ft:x")}, NotYetSupported, "remote_model"),
+    (
+        {"payload_content": PrefixPayload(tensors={"k": A}, dtype="F32", length=1, base_fingerprint="x")},
+        NotYetSupported,
+        "a prefix payload cannot be published yet",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "reason"), BAD, ids=[reason for _, _, reason in BAD])
+def test_what_is_refused_leaves_nothing(
+    registry: Registry, changes: dict[str, Any], error: type[StoreError], reason: str
+) -> None:
+    before = count_rows(registry)
+    with pytest.raises(error, match=reason):
+        publish(registry, **changes)
+    assert count_rows(registry) == before
+
+
+def test_a_publish_that_fails_halfway_leaves_nothing(registry: Registry) -> None:
+    # A trigger stands for a disk that fills up between the tensor and the alias.
+    with registry.database.write() as connection:
+        connection.exec_driver_sql(
+            "CREATE TRIGGER fail BEFORE INSERT ON alias_moves BEGIN SELECT RAISE(ABORT, 'halfway'); END"
+        )
+    before = count_rows(registry)
+    with pytest.raises(Exception, match="halfway"):
+        publish(registry, alias="production")
+    assert count_rows(registry) == before
+    assert publish(registry).version.label == "v1"
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_the_store_whole(registry: Registry) -> None:
+    publish(registry, seed=1)
+    before = count_rows(registry)
+    with registry.database.write() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    large = prompt(2, length=60)
+
+    def publish_until_full() -> None:
+        for seed in range(100):
+            publish(registry, payload_content=prompt(seed + 10, length=60), notes="x" * 10_000)
+
+    with pytest.raises(StoreUnavailable, match="free disk space"):
+        publish_until_full()
+    rows = count_rows(registry)
+    assert rows["versions"] == rows["tensors"] == rows["version_tensors"] >= before["versions"]
+    with registry.database.read() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
+        assert connection.exec_driver_sql("PRAGMA integrity_check").scalar_one() == "ok"
+    assert publish(registry, payload_content=large).created
+
+
+def test_a_flipped_byte_is_never_served(registry: Registry) -> None:
+    damaged, whole = publish(registry, seed=1).version, publish(registry, seed=2).version
+    assert isinstance(damaged.payload, SoftPromptPayload)
+    data = bytearray(prompt(1).data)
+    data[7] ^= 1
+    with registry.database.write() as connection:
+        connection.exec_driver_sql(
+            "UPDATE tensors SET data = ? WHERE digest = ?", (bytes(data), damaged.payload.tensor_digest)
+        )
+    with pytest.raises(InvalidArtifact, match="is damaged on disk"):
+        registry.soft_prompt(damaged.digest)
+    assert registry.soft_prompt(whole.digest) == prompt(2)
+
+
+def test_a_lost_tensor_is_said_and_an_unknown_version_too(registry: Registry) -> None:
+    version = publish(registry).version
+    with registry.database.write() as connection:
+        connection.exec_driver_sql("DELETE FROM version_tensors")
+    with pytest.raises(InvalidArtifact, match="is missing"):
+        registry.soft_prompt(version.digest)
+    with pytest.raises(UnknownVersion):
+        registry.soft_prompt(A)
+
+
+def test_a_number_is_never_given_twice(registry: Registry) -> None:
+    version = publish(registry, seed=1).version
+    with registry.database.write() as connection:
+        connection.exec_driver_sql("DELETE FROM version_tensors WHERE version = ?", (version.digest,))
+        connection.exec_driver_sql("DELETE FROM versions WHERE digest = ?", (version.digest,))
+    assert publish(registry, seed=2).version.label == "v2"

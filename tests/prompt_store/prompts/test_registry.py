@@ -1,0 +1,186 @@
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from prompt_store.errors import (
+    Conflict,
+    InvalidArtifact,
+    InvalidName,
+    SchemaMismatch,
+    UnknownAlias,
+    UnknownBase,
+    UnknownTask,
+    UnknownVersion,
+)
+from prompt_store.prompts.registry import Registry
+from prompt_store.routes import DirectRoute
+from tests.prompt_store.building import ANNA, BASE, BORIS, OTHER_BASE, publish, task
+
+
+def test_a_base_is_registered_once(empty_registry: Registry) -> None:
+    for base in (BASE, BASE, replace(BASE, name="the same under another name")):
+        empty_registry.register_base(base, ANNA)
+    assert empty_registry.bases() == [BASE]
+    assert len(empty_registry.changes_since(0)) == 1
+
+
+def test_a_fingerprint_stands_for_one_model(registry: Registry) -> None:
+    with pytest.raises(Conflict, match=r"hidden_size=32 \(was 16\)"):
+        registry.register_base(replace(BASE, hidden_size=32), ANNA)
+    with pytest.raises(InvalidArtifact, match="empty name, fingerprint or size"):
+        registry.register_base(replace(OTHER_BASE, layers=0), ANNA)
+    assert registry.bases() == [BASE]
+
+
+def test_a_base_is_found_by_name_fingerprint_or_prefix(registry: Registry) -> None:
+    registry.register_base(OTHER_BASE, ANNA)
+    registry.register_base(replace(OTHER_BASE, fingerprint="b2" * 31 + "ff"), ANNA)
+    for name in ("demo-base", BASE.fingerprint, BASE.fingerprint[:8]):
+        assert registry.find_base(name) == BASE
+    with pytest.raises(UnknownBase, match="did you mean 'demo-base'"):
+        registry.find_base("demobase")
+    for ambiguous in ("other-base", "b2b2b2b2b2"):
+        with pytest.raises(InvalidName, match="fits 2 bases"):
+            registry.find_base(ambiguous)
+
+
+def test_applying_an_equal_task_adds_no_revision(registry: Registry) -> None:
+    first = registry.task("support_intents")
+    assert registry.apply_task(task(), BORIS) == first
+    assert (first.number, first.principal) == (1, "anna")
+    assert len(registry.changes_since(0)) == 2
+
+
+def test_an_edited_task_is_a_new_revision_and_the_old_one_stays(registry: Registry) -> None:
+    old = registry.task("support_intents")
+    new = registry.apply_task(task(description="edited"), BORIS)
+    assert (new.number, new.principal, new.task.description) == (2, "boris", "edited")
+    assert registry.task("support_intents") == new
+    assert registry.task_revision(old.digest) == old
+
+
+def test_applying_an_older_revision_makes_it_current_again(registry: Registry) -> None:
+    old = registry.task("support_intents")
+    registry.apply_task(task(description="edited"), ANNA)
+    assert registry.apply_task(task(), ANNA) == old
+    assert registry.task("support_intents") == old
+    assert [change.kind for change in registry.changes_since(1)] == ["task", "task", "task"]
+    assert registry.apply_task(task(description="third"), ANNA).number == 3
+
+
+def test_tasks_are_listed_by_name(registry: Registry) -> None:
+    registry.apply_task(task("alpha"), ANNA)
+    assert [revision.task.name for revision in registry.tasks()] == ["alpha", "support_intents"]
+
+
+def test_an_unknown_task_names_the_nearest_everywhere(registry: Registry) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: registry.task("suport_intents"),
+        lambda: registry.versions("suport_intents"),
+        lambda: registry.version("suport_intents", "v1"),
+        lambda: registry.aliases("suport_intents"),
+        lambda: registry.alias_history("suport_intents", "production"),
+        lambda: registry.move_alias("suport_intents", "a", "v1", reason="", principal=ANNA),
+        lambda: publish(registry, task="suport_intents"),
+    ]
+    for call in calls:
+        with pytest.raises(UnknownTask, match="did you mean 'support_intents'"):
+            call()
+
+
+def test_a_version_is_found_by_number_digest_prefix_and_alias(registry: Registry) -> None:
+    first = publish(registry, seed=1, alias="production").version
+    second = publish(registry, seed=2).version
+    for selector in ("v1", first.digest, first.digest[:8], "production"):
+        assert registry.version("support_intents", selector) == first
+    assert registry.versions("support_intents") == [second, first]
+    assert (first.label, second.label) == ("v1", "v2")
+
+
+def test_an_unknown_version_names_the_nearest(registry: Registry) -> None:
+    version = publish(registry, alias="production").version
+    with pytest.raises(UnknownVersion, match="did you mean 'v1'"):
+        registry.version("support_intents", "v7")
+    with pytest.raises(UnknownAlias, match="did you mean 'production'"):
+        registry.version("support_intents", "producton")
+    with pytest.raises(UnknownVersion):
+        registry.version("support_intents", "0123456789")
+    mistyped = version.digest[:11] + ("0" if version.digest[11] != "0" else "1")
+    with pytest.raises(UnknownVersion, match=f"did you mean '{version.digest[:12]}'"):
+        registry.version("support_intents", mistyped)
+    with pytest.raises(InvalidName):
+        registry.version("support_intents", "v0")
+
+
+def test_a_task_without_versions_says_so(registry: Registry) -> None:
+    for selector, error in (("production", UnknownAlias), ("v1", UnknownVersion)):
+        with pytest.raises(error, match="has no version yet"):
+            registry.version("support_intents", selector)
+
+
+def test_a_version_of_another_task_is_not_found(registry: Registry) -> None:
+    registry.apply_task(task("other"), ANNA)
+    version = publish(registry).version
+    with pytest.raises(UnknownVersion):
+        registry.version("other", version.digest)
+
+
+def test_an_ambiguous_prefix_is_refused(registry: Registry) -> None:
+    first, second = (publish(registry, seed=seed).version.digest for seed in (1, 2))
+    with registry.database.write() as connection:
+        # No two digests share 8 digits in a test's lifetime, so make one that does.
+        connection.exec_driver_sql("PRAGMA defer_foreign_keys=ON")
+        twin = first[:63] + ("0" if first[63] != "0" else "1")
+        connection.exec_driver_sql("UPDATE versions SET digest = ? WHERE digest = ?", (twin, second))
+        connection.exec_driver_sql("UPDATE version_tensors SET version = ? WHERE version = ?", (twin, second))
+    with pytest.raises(InvalidName, match="fits several versions"):
+        registry.version("support_intents", first[:12])
+    assert registry.version("support_intents", first).label == "v1"
+
+
+def test_a_snapshot_holds_everything_but_the_bytes(registry: Registry) -> None:
+    old = registry.task("support_intents")
+    first = publish(registry, seed=1, alias="production").version
+    new = registry.apply_task(task(description="edited"), ANNA)
+    second = publish(registry, seed=1, alias="candidate").version
+    registry.apply_task(task("bare"), ANNA)
+    snapshot = registry.snapshot()
+    assert snapshot.sequence == len(registry.changes_since(0)) == 8
+    assert snapshot.tasks["support_intents"] == new
+    assert snapshot.revisions == {revision.digest: revision for revision in (old, new, registry.task("bare"))}
+    assert snapshot.versions == {first.digest: first, second.digest: second}
+    assert snapshot.numbers == {"support_intents": {1: first.digest, 2: second.digest}, "bare": {}}
+    assert snapshot.aliases == {
+        "support_intents": {"production": first.digest, "candidate": second.digest},
+        "bare": {},
+    }
+    assert snapshot.routes == {"support_intents": DirectRoute(), "bare": DirectRoute()}
+    assert snapshot.bases == {BASE.fingerprint: BASE}
+
+
+def test_an_empty_store_has_an_empty_snapshot(empty_registry: Registry) -> None:
+    snapshot = empty_registry.snapshot()
+    assert (snapshot.sequence, dict(snapshot.tasks), dict(snapshot.versions)) == (0, {}, {})
+
+
+def test_rows_are_stamped_with_the_given_clock_and_principal(registry: Registry) -> None:
+    moment = datetime(2030, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
+    version = publish(Registry(registry.database, now=lambda: moment), alias="production").version
+    assert (version.created_at, version.principal) == (moment, "anna")
+    (move,) = registry.alias_history("support_intents", "production")
+    assert (move.at, move.principal) == (moment, "anna")
+    assert registry.changes_since(3)[0].at == moment
+
+
+def test_a_document_of_another_release_is_a_schema_mismatch(registry: Registry) -> None:
+    publish(registry)
+    with registry.database.write() as connection:
+        connection.exec_driver_sql('UPDATE versions SET payload = \'{"kind": "hologram"}\'')
+    with pytest.raises(SchemaMismatch, match="v1 of task 'support_intents'"):
+        registry.version("support_intents", "v1")
+    with registry.database.write() as connection:
+        connection.exec_driver_sql('UPDATE task_revisions SET document = \'{"name": "support_intents"}\'')
+    with pytest.raises(SchemaMismatch, match="revision 1 of task 'support_intents'"):
+        registry.task("support_intents")
