@@ -1,0 +1,248 @@
+"""What every engine speaks: requests, their answers, and the `Engine` protocol.
+
+Owns the shapes that travel between routing and engines. How text becomes token ids is `base_model`'s subject, how
+tokens are made is each engine's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from prompt_store.access import ANONYMOUS, Principal
+from prompt_store.prompts.soft_prompt import SoftPrompt
+from prompt_store.prompts.task import Message
+from service.engines.errors import InvalidRequest, UnsupportedFeature
+
+FinishReason = Literal["stop", "length"]
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """A conversation; the base model's chat template lays it out."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RawText:
+    """Text to continue as it stands; no chat template."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Text that is tokenised already."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = Messages | RawText | TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class SoftPromptReference:
+    """A soft prompt by its tensor digest; `load` reads the tensor when an engine meets it for the first time."""
+
+    digest: str
+    length: int
+    base_fingerprint: str
+    load: Callable[[], SoftPrompt]
+
+    @classmethod
+    def to(cls, prompt: SoftPrompt, base_fingerprint: str) -> SoftPromptReference:
+        """Refer to a soft prompt that is in memory."""
+        return cls(prompt.digest, prompt.length, base_fingerprint, lambda: prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 takes the most probable token (greedy)."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    # Reserved: refused by `required_features` until an engine serves them.
+    min_p: float = 0.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise InvalidRequest for the first value that is out of its range."""
+        checks = (
+            (self.max_tokens >= 1, "max_tokens", "at least 1"),
+            (0.0 <= self.temperature <= 2.0, "temperature", "between 0 and 2"),
+            (0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1"),
+            (self.top_k >= 0, "top_k", "0 (off) or more"),
+            (self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer"),
+            (len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings"),
+            (all(self.stop), "stop", "strings that are not empty"),
+        )
+        for holds, name, expected in checks:
+            if not holds:
+                raise InvalidRequest(f"{name} is {getattr(self, name)!r}; it must be {expected}", parameter=name)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """The form an answer must take; a JSON schema for `json_schema`."""
+
+    kind: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One question to an engine."""
+
+    id: str
+    prompt: Prompt
+    soft_prompt: SoftPromptReference | None = None
+    remote_model: str | None = None
+    sampling: Sampling = Sampling()
+    principal: Principal = ANONYMOUS
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool = False
+    response_format: ResponseFormat = ResponseFormat()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Ask for the log-probability of each continuation after the prompt, its end-of-sequence token included."""
+
+    id: str
+    prompt: Prompt
+    continuations: tuple[str, ...]
+    soft_prompt: SoftPromptReference | None = None
+    principal: Principal = ANONYMOUS
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """`log_probabilities[i]` is the natural logarithm of continuation i's probability."""
+
+    log_probabilities: tuple[float, ...]
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one generation; virtual tokens stand beside `prompt_tokens`, not in it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    virtual_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More text. `text` may be empty while a character is incomplete."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of a generation; nothing follows it."""
+
+    reason: FinishReason
+    usage: Usage
+
+
+GenerationEvent = Delta | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine serves: payload kinds of PromptVersion, and feature names as `required_features` gives them."""
+
+    payload_kinds: frozenset[str]
+    features: frozenset[str]
+    context_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A moment of an engine's life."""
+
+    ready: bool
+    waiting: int
+    running: int
+    kv_slots: int
+    kv_slots_used: int
+    prefixes: int
+    prefix_bytes: int
+    tokens_generated: int
+    restarts: int
+
+
+class Engine(Protocol):
+    """Makes tokens.
+
+    `generate` yields deltas and then one Finish, or raises an EngineError; leaving the iterator early (`aclose`)
+    cancels the generation and frees what it held. `warm` makes a soft prompt ready so that the next request does not
+    pay for it, and keeps it until `release`.
+    """
+
+    async def start(self) -> None: ...
+
+    async def close(self, grace_s: float = 0.0) -> None: ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]: ...
+
+    async def score(self, request: ScoreRequest) -> Scores: ...
+
+    async def warm(self, soft_prompt: SoftPromptReference) -> None: ...
+
+    async def release(self, digest: str) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def capabilities(self) -> Capabilities: ...
+
+
+def required_features(request: GenerationRequest) -> dict[str, str]:
+    """The features a request needs beyond plain generation, each with the request's field that asks for it."""
+    sampling = request.sampling
+    asked = {
+        "n": (request.n != 1, "n"),
+        "logprobs": (request.logprobs is not None, "logprobs"),
+        "prompt_logprobs": (request.prompt_logprobs is not None, "prompt_logprobs"),
+        "echo": (request.echo, "echo"),
+        "structured_output": (request.response_format.kind != "text", "response_format"),
+        "tools": (bool(request.tools), "tools"),
+        "deadline": (request.deadline_s is not None, "deadline_s"),
+        "min_p": (sampling.min_p != 0.0, "min_p"),
+        "min_tokens": (sampling.min_tokens != 0, "min_tokens"),
+        "ignore_eos": (sampling.ignore_eos, "ignore_eos"),
+        "stop_token_ids": (bool(sampling.stop_token_ids), "stop_token_ids"),
+        "penalties": (sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0, "frequency_penalty"),
+        "repetition_penalty": (sampling.repetition_penalty != 1.0, "repetition_penalty"),
+        "logit_bias": (bool(sampling.logit_bias), "logit_bias"),
+    }
+    return {feature: parameter for feature, (wanted, parameter) in asked.items() if wanted}
+
+
+def check_supported(request: GenerationRequest, capabilities: Capabilities) -> None:
+    """Raise UnsupportedFeature when the request asks for what the engine does not serve: never ignore it."""
+    for feature, parameter in required_features(request).items():
+        if feature not in capabilities.features:
+            raise UnsupportedFeature(
+                f"{parameter} is not served by this task's backend yet; leave it out", parameter=parameter
+            )

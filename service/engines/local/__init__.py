@@ -1,0 +1,1 @@
+"""The local engine: continuous batching of requests with different soft prompts on torch and transformers."""

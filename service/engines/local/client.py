@@ -1,0 +1,413 @@
+"""The local engine as the service sees it: the `Engine` protocol over the socket of an engine that may die.
+
+Lays prompts out and refuses what cannot be served before anything is sent; keeps the engine's known soft prompts; when
+the engine is lost, answers what was in flight with one retriable error, starts another, and pins again what was pinned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from typing import Literal, cast
+
+from service.engines.base import (
+    Capabilities,
+    Delta,
+    EngineStats,
+    Finish,
+    GenerationEvent,
+    GenerationRequest,
+    Prompt,
+    ScoreRequest,
+    Scores,
+    SoftPromptReference,
+    Usage,
+    check_supported,
+)
+from service.engines.base_model import BaseModel
+from service.engines.errors import (
+    BaseModelError,
+    EngineError,
+    EngineUnavailable,
+    GenerationFailed,
+    InvalidRequest,
+    QueueFull,
+    WrongBase,
+)
+from service.engines.local.messages import (
+    LENGTH_BYTES,
+    Cancel,
+    Command,
+    Event,
+    Output,
+    Ready,
+    Register,
+    Registered,
+    Release,
+    Score,
+    Scored,
+    Shutdown,
+    StartFailed,
+    Stats,
+    Step,
+    Submit,
+    decode_event,
+    frame,
+)
+from service.engines.local.process import Host
+
+log = logging.getLogger(__name__)
+
+_NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0)
+_KNOWN_PROMPTS = 1024
+_LONGEST_PAUSE_S = 10.0
+_STEADY_AFTER_S = 60.0
+_STOP_TIMEOUT_S = 5.0
+
+_News = Output | Scored | EngineError
+
+
+class LocalEngine:
+    """An Engine on this machine.
+
+    At most `max_waiting` requests wait beside those that run; further ones raise QueueFull. A request that meets an
+    engine that is being restarted waits `ready_timeout_s` for it, then raises EngineUnavailable.
+    """
+
+    def __init__(self, base: BaseModel, host: Host, *, max_waiting: int = 256, ready_timeout_s: float = 30.0) -> None:
+        self.base = base
+        self._host = host
+        self._max_waiting = max_waiting
+        self._ready_timeout_s = ready_timeout_s
+        self._ready = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stats = _NO_STATS
+        self._restarts = 0
+        self._closing = False
+        self._refused: BaseModelError | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._pending: dict[str, asyncio.Queue[_News]] = {}
+        self._known: OrderedDict[str, asyncio.Future[None]] = OrderedDict()
+        self._pinned: dict[str, SoftPromptReference] = {}
+        self._pinning: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Start the engine and wait until it is ready. Raises BaseModelError when it refuses the base model."""
+        self._supervisor = asyncio.create_task(self._supervise(), name="softcue-engine-supervisor")
+        await self._ready.wait()
+        if self._refused is not None:
+            raise self._refused
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Take no more requests, let running ones finish for `grace_s` seconds, fail the rest, end the engine."""
+        self._closing = True
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            self._fail_pending("the service is stopping; send the request again to another replica")
+        self._send(Shutdown())
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is None:
+            return
+        done, _ = await asyncio.wait({supervisor}, timeout=_STOP_TIMEOUT_S)
+        if not done:
+            await asyncio.to_thread(self._host.stop)
+        await supervisor
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
+        """Deltas, then one Finish. See `Engine`; raises any of the EngineError tree."""
+        check_supported(request, self.capabilities())
+        sampling = request.sampling
+        sampling.check()
+        token_ids = self._lay_out(request.prompt, request.soft_prompt)
+        news = await self._admit(request.id, request.soft_prompt)
+        self._send(
+            Submit(
+                id=request.id,
+                token_ids=token_ids,
+                soft_prompt=request.soft_prompt.digest if request.soft_prompt else None,
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=sampling.seed,
+                stop=list(sampling.stop),
+            )
+        )
+        completion_tokens = 0
+        virtual_tokens = request.soft_prompt.length if request.soft_prompt else 0
+        try:
+            while True:
+                output = await news.get()
+                if isinstance(output, EngineError):
+                    raise output
+                assert isinstance(output, Output)
+                completion_tokens += len(output.token_ids)
+                yield Delta(output.text, tuple(output.token_ids))
+                if output.finish_reason is not None:
+                    reason = cast(Literal["stop", "length"], output.finish_reason)
+                    yield Finish(reason, Usage(len(token_ids), completion_tokens, virtual_tokens))
+                    return
+        finally:
+            self._leave(request.id)
+
+    async def score(self, request: ScoreRequest) -> Scores:
+        """Log-probabilities of the continuations; see `ScoreRequest`."""
+        if not request.continuations:
+            raise InvalidRequest("there is nothing to score; name at least one continuation", parameter="continuations")
+        token_ids = self._lay_out(request.prompt, request.soft_prompt)
+        virtual_tokens = request.soft_prompt.length if request.soft_prompt else 0
+        continuations = [self.base.continuation(text) for text in request.continuations]
+        self.base.check_length(len(token_ids) + max(map(len, continuations)) - 1, virtual_tokens)
+        news = await self._admit(request.id, request.soft_prompt)
+        digest = request.soft_prompt.digest if request.soft_prompt else None
+        self._send(Score(request.id, token_ids, digest, continuations))
+        try:
+            answer = await news.get()
+            if isinstance(answer, EngineError):
+                raise answer
+            assert isinstance(answer, Scored)
+        finally:
+            self._leave(request.id)
+        return Scores(tuple(answer.log_probabilities), Usage(len(token_ids), 0, virtual_tokens))
+
+    async def warm(self, soft_prompt: SoftPromptReference) -> None:
+        """Compute a soft prompt's KV now and keep it until `release`, over restarts too."""
+        self._check_base(soft_prompt)
+        self._pinned[soft_prompt.digest] = soft_prompt
+        await self._wait_ready()
+        known = self._known.pop(soft_prompt.digest, None)
+        if known is not None and not known.done():
+            await asyncio.wait([known])
+        try:
+            await self._register(soft_prompt, pinned=True)
+        except EngineUnavailable:
+            raise
+        except EngineError:
+            self._pinned.pop(soft_prompt.digest, None)
+            raise
+
+    async def release(self, digest: str) -> None:
+        """Let a soft prompt go; running generations keep their copy of its KV."""
+        self._pinned.pop(digest, None)
+        if self._known.pop(digest, None) is not None:
+            self._send(Release(digest))
+
+    def stats(self) -> EngineStats:
+        stats = self._stats
+        return EngineStats(
+            ready=self._ready.is_set() and not self._closing,
+            waiting=stats.waiting,
+            running=stats.running,
+            kv_slots=stats.kv_slots,
+            kv_slots_used=stats.kv_slots_used,
+            prefixes=stats.prefixes,
+            prefix_bytes=stats.prefix_bytes,
+            tokens_generated=stats.tokens_generated,
+            restarts=self._restarts,
+        )
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            payload_kinds=frozenset({"soft_prompt", "text"}),
+            features=frozenset(),
+            context_length=self.base.context_length,
+        )
+
+    def _lay_out(self, prompt: Prompt, soft_prompt: SoftPromptReference | None) -> list[int]:
+        token_ids = self.base.lay_out(prompt)
+        if soft_prompt is not None:
+            self._check_base(soft_prompt)
+        self.base.check_length(len(token_ids), soft_prompt.length if soft_prompt else 0)
+        return token_ids
+
+    def _check_base(self, soft_prompt: SoftPromptReference) -> None:
+        if soft_prompt.base_fingerprint != self.base.fingerprint:
+            raise WrongBase(
+                f"soft prompt {soft_prompt.digest[:12]} was tuned on base {soft_prompt.base_fingerprint[:12]} but this "
+                f"service runs '{self.base.name}' ({self.base.fingerprint[:12]}); retrain it on this base",
+                parameter="model",
+            )
+
+    async def _admit(self, request_id: str, soft_prompt: SoftPromptReference | None) -> asyncio.Queue[_News]:
+        """A place for a request's news, once the engine is ready and knows the soft prompt."""
+        if len(self._pending) >= self._stats.kv_slots + self._max_waiting and self._ready.is_set():
+            raise QueueFull(len(self._pending) - self._stats.kv_slots, retry_after_s=1.0)
+        if request_id in self._pending:
+            raise InvalidRequest(
+                f"a request with id {request_id} is running already; give each its own", parameter="id"
+            )
+        news: asyncio.Queue[_News] = asyncio.Queue()
+        self._pending[request_id] = news
+        self._idle.clear()
+        try:
+            await self._wait_ready()
+            while soft_prompt is not None and not self._has(soft_prompt.digest):
+                await self._register(soft_prompt, pinned=soft_prompt.digest in self._pinned)
+            if not news.empty() and isinstance(lost := news.get_nowait(), EngineError):
+                raise lost  # the engine was lost while we waited; what it was told is gone
+        except BaseException:
+            self._forget(request_id)
+            raise
+        return news
+
+    def _has(self, digest: str) -> bool:
+        known = self._known.get(digest)
+        if known is None or not known.done() or known.cancelled() or known.exception() is not None:
+            return False
+        self._known.move_to_end(digest)
+        return True
+
+    async def _wait_ready(self) -> None:
+        if self._closing:
+            raise EngineUnavailable("the service is stopping; send the request again to another replica")
+        if not self._ready.is_set():
+            try:
+                async with asyncio.timeout(self._ready_timeout_s):
+                    await self._ready.wait()
+            except TimeoutError:
+                raise EngineUnavailable(
+                    f"the engine was not ready within {self._ready_timeout_s:.0f} s; send the request again"
+                ) from None
+        if self._refused is not None:
+            raise EngineUnavailable(str(self._refused))
+
+    async def _register(self, soft_prompt: SoftPromptReference, *, pinned: bool) -> None:
+        """Bring a soft prompt to the engine, once for all who wait for it."""
+        digest = soft_prompt.digest
+        known = self._known.get(digest)
+        if known is None:
+            known = self._known[digest] = asyncio.get_running_loop().create_future()
+            try:
+                prompt = await asyncio.to_thread(soft_prompt.load)
+            except BaseException as error:
+                self._settle(digest, known, error if isinstance(error, Exception) else EngineUnavailable("cancelled"))
+                raise
+            if not known.done():
+                self._send(Register(digest, prompt.dtype, prompt.shape, prompt.data, pinned))
+                self._release_oldest()
+        await asyncio.shield(known)
+
+    def _settle(self, digest: str, known: asyncio.Future[None], error: BaseException | None) -> None:
+        if error is not None:
+            if self._known.get(digest) is known:
+                del self._known[digest]
+            if not known.done():
+                known.set_exception(error)
+                known.exception()  # seen: nobody may be waiting
+        elif not known.done():
+            known.set_result(None)
+
+    def _release_oldest(self) -> None:
+        spare = [digest for digest, known in self._known.items() if digest not in self._pinned and known.done()]
+        for digest in spare[: max(0, len(self._known) - _KNOWN_PROMPTS)]:
+            del self._known[digest]
+            self._send(Release(digest))
+
+    def _leave(self, request_id: str) -> None:
+        """Cancel what has not ended. The engine ignores ids that are done."""
+        if request_id in self._pending:
+            self._forget(request_id)
+            self._send(Cancel(request_id))
+
+    def _forget(self, request_id: str) -> None:
+        self._pending.pop(request_id, None)
+        if not self._pending:
+            self._idle.set()
+
+    def _deliver(self, request_id: str, news: _News, *, last: bool) -> None:
+        waiting = self._pending.get(request_id)
+        if waiting is not None:
+            waiting.put_nowait(news)
+            if last:
+                self._forget(request_id)
+
+    def _fail_pending(self, message: str) -> None:
+        for request_id in list(self._pending):
+            self._deliver(request_id, EngineUnavailable(message), last=True)
+
+    def _send(self, command: Command) -> None:
+        """Queue a command. Towards an engine that is lost it goes nowhere: losing it answered everyone."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(frame(command))
+
+    async def _supervise(self) -> None:
+        """Keep an engine running until close; restarts pause longer each time one dies soon after its start."""
+        pause_s = 0.1
+        while True:
+            started = time.monotonic()
+            connection = await asyncio.to_thread(self._host.start)
+            reader, self._writer = await asyncio.open_connection(sock=connection)
+            try:
+                await self._listen(reader)
+            finally:
+                self._lose()
+                self._writer.close()
+                self._writer = None
+                await asyncio.to_thread(self._host.stop)
+            if self._closing or self._refused is not None:
+                self._ready.set()  # whoever waits learns that nothing comes
+                return
+            steady = time.monotonic() - started > _STEADY_AFTER_S
+            pause_s = 0.1 if steady else min(2 * pause_s, _LONGEST_PAUSE_S)
+            self._restarts += 1
+            log.error("the engine was lost; starting another in %.1f s (restart %d)", pause_s, self._restarts)
+            await asyncio.sleep(pause_s)
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Take events until the engine closes its side."""
+        while True:
+            try:
+                size = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "little")
+                event: Event = decode_event(await reader.readexactly(size))
+            except (asyncio.IncompleteReadError, ConnectionError):
+                return
+            match event:
+                case Step():
+                    self._stats = event.stats
+                    for output in event.outputs:
+                        self._deliver(output.id, output, last=output.finish_reason is not None)
+                    for scored in event.scored:
+                        self._deliver(scored.id, scored, last=True)
+                    for failure in event.failures:
+                        self._deliver(failure.id, GenerationFailed(failure.message), last=True)
+                case Registered():
+                    self._stats = event.stats
+                    known = self._known.get(event.digest)
+                    if known is not None:
+                        error = GenerationFailed(event.error) if event.error is not None else None
+                        self._settle(event.digest, known, error)
+                case Ready():
+                    self._stats = event.stats
+                    self._ready.set()
+                    self._pin_again()
+                case StartFailed():
+                    self._refused = BaseModelError(event.message)
+                    log.error("the engine cannot serve this base model: %s", event.message)
+
+    def _pin_again(self) -> None:
+        for soft_prompt in list(self._pinned.values()):
+            task = asyncio.create_task(self._pin_one_again(soft_prompt))
+            self._pinning.add(task)
+            task.add_done_callback(self._pinning.discard)
+
+    async def _pin_one_again(self, soft_prompt: SoftPromptReference) -> None:
+        try:
+            await self._register(soft_prompt, pinned=True)
+        except Exception:
+            log.exception("soft prompt %s could not be warmed after a restart", soft_prompt.digest[:12])
+
+    def _lose(self) -> None:
+        """The engine is gone: everyone who waits for it gets one retriable error."""
+        self._ready.clear()
+        self._stats = _NO_STATS
+        for digest, known in list(self._known.items()):
+            self._settle(digest, known, EngineUnavailable("the engine was lost; send the request again"))
+        self._known.clear()
+        self._fail_pending("the engine was lost while it worked on this; send the request again")

@@ -1,0 +1,252 @@
+"""The engine behind its socket: in a thread, and in a process that can be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import cast
+
+import pytest
+
+from service.engines.base import (
+    Delta,
+    Finish,
+    GenerationRequest,
+    RawText,
+    Sampling,
+    ScoreRequest,
+    SoftPromptReference,
+    TokenIds,
+)
+from service.engines.base_model import BaseModel
+from service.engines.build import build_local
+from service.engines.errors import (
+    BaseModelError,
+    EngineError,
+    EngineUnavailable,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    UnsupportedFeature,
+    WrongBase,
+)
+from service.engines.local.client import LocalEngine
+from service.engines.local.engine import EngineCore
+from service.engines.local.options import EngineOptions
+from service.engines.local.process import ProcessHost
+from service.engines.local.thread import ThreadHost
+from tests.conftest import random_prompt
+
+LONG = Sampling(max_tokens=900, temperature=1.0, seed=1, top_k=0)
+
+
+@pytest.fixture(scope="module")
+def loaded(base: BaseModel) -> EngineCore:
+    return EngineCore.load(base, EngineOptions(max_sequences=4))
+
+
+@pytest.fixture
+async def engine(base: BaseModel, loaded: EngineCore) -> AsyncIterator[LocalEngine]:
+    engine = LocalEngine(base, ThreadHost(lambda: loaded), max_waiting=2)
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+def request(name: str, text: str = "The house stood", **options: object) -> GenerationRequest:
+    return GenerationRequest(name, RawText(text), **options)  # type: ignore[arg-type]
+
+
+async def answer(engine: LocalEngine, asked: GenerationRequest) -> str:
+    pieces = [event.text async for event in engine.generate(asked) if isinstance(event, Delta)]
+    return "".join(pieces)
+
+
+async def first(engine: LocalEngine, asked: GenerationRequest) -> AsyncIterator[object]:
+    """A generation that has begun."""
+    events = engine.generate(asked)
+    await anext(events)
+    return events
+
+
+async def until(condition: object) -> None:
+    """Wait for a condition that the engine brings about."""
+    async with asyncio.timeout(20):
+        while not condition():  # type: ignore[operator]  # noqa: ASYNC110 (what is awaited happens elsewhere)
+            await asyncio.sleep(0)
+
+
+async def test_deltas_are_followed_by_one_finish_with_usage(engine: LocalEngine) -> None:
+    prompt = SoftPromptReference.to(random_prompt(1, 7), engine.base.fingerprint)
+    events = [event async for event in engine.generate(request("a", soft_prompt=prompt, sampling=Sampling(5)))]
+    assert [type(event) for event in events] == [*[Delta] * (len(events) - 1), Finish]
+    finish = cast(Finish, events[-1])
+    assert finish.usage.virtual_tokens == 7
+    assert finish.usage.prompt_tokens == len(engine.base.lay_out(RawText("The house stood")))
+    assert finish.usage.completion_tokens == sum(len(e.token_ids) for e in events if isinstance(e, Delta)) <= 5
+
+
+async def test_leaving_a_stream_frees_its_slot(engine: LocalEngine) -> None:
+    async with aclosing(await first(engine, request("a", sampling=LONG))):  # type: ignore[type-var]
+        assert engine.stats().kv_slots_used == 1
+    await until(lambda: engine.stats().kv_slots_used == 0)
+
+
+async def test_a_full_queue_refuses_with_a_time_to_come_back(engine: LocalEngine) -> None:
+    streams = [await first(engine, request(str(i), sampling=LONG)) for i in range(4)]
+    waiting = [asyncio.ensure_future(answer(engine, request(f"w{i}", sampling=Sampling(2)))) for i in range(2)]
+    await until(lambda: engine.stats().waiting == 2)
+    with pytest.raises(QueueFull) as refused:
+        await answer(engine, request("one too many"))
+    assert refused.value.retry_after_s > 0
+    for stream in streams:
+        await stream.aclose()  # type: ignore[attr-defined]
+    assert all([await task for task in waiting])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"n": 2}, UnsupportedFeature, "n is not served"),
+        ({"logprobs": 3}, UnsupportedFeature, "logprobs is not served"),
+        ({"deadline_s": 1.0}, UnsupportedFeature, "deadline_s is not served"),
+        ({"sampling": Sampling(presence_penalty=0.5)}, UnsupportedFeature, "penalty is not served"),
+        ({"sampling": Sampling(temperature=3.0)}, InvalidRequest, "temperature is 3.0; it must be between 0 and 2"),
+        ({"sampling": Sampling(max_tokens=0)}, InvalidRequest, "max_tokens is 0"),
+        ({"sampling": Sampling(stop=("",))}, InvalidRequest, "stop is"),
+        ({"prompt": TokenIds((1,) * 1024)}, PromptTooLong, "has 1024 tokens but at most 1023 fit"),
+    ],
+)
+async def test_what_cannot_be_served_is_refused_before_any_compute(
+    engine: LocalEngine, changes: dict[str, object], error: type[EngineError], said: str
+) -> None:
+    before = engine.stats().tokens_generated
+    asked = {"prompt": RawText("hello"), **changes}
+    with pytest.raises(error, match=said):
+        await answer(engine, GenerationRequest("a", **asked))  # type: ignore[arg-type]
+    assert engine.stats().tokens_generated == before
+
+
+async def test_a_soft_prompt_of_another_base_is_refused(engine: LocalEngine) -> None:
+    foreign = SoftPromptReference.to(random_prompt(1, 4), "f" * 64)
+    for work in (answer(engine, request("a", soft_prompt=foreign)), engine.warm(foreign)):
+        with pytest.raises(WrongBase, match=r"tuned on base ffffffffffff but this service runs 'demo-base'"):
+            await work
+
+
+async def test_a_prompt_that_cannot_be_loaded_fails_its_requests_and_may_be_tried_again(engine: LocalEngine) -> None:
+    prompt, broken = random_prompt(11, 4), [True]
+
+    def load() -> object:
+        if broken[0]:
+            raise EngineError("the tensor is damaged")
+        return prompt
+
+    reference = SoftPromptReference(prompt.digest, 4, engine.base.fingerprint, load)  # type: ignore[arg-type]
+    asked = [answer(engine, request(str(i), soft_prompt=reference)) for i in range(3)]
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    assert [str(result) for result in results] == ["the tensor is damaged"] * 3
+    broken[0] = False
+    assert await answer(engine, request("again", soft_prompt=reference))
+
+
+async def test_a_warmed_prompt_is_pinned_until_released_and_loaded_once(engine: LocalEngine) -> None:
+    prompt, loads = random_prompt(12, 6), []
+
+    def load() -> object:
+        loads.append(1)
+        return prompt
+
+    reference = SoftPromptReference(prompt.digest, 6, engine.base.fingerprint, load)  # type: ignore[arg-type]
+    before = engine.stats().prefixes
+    await engine.warm(reference)
+    assert engine.stats().prefixes == before + 1
+    warm = await answer(engine, request("a", soft_prompt=reference))
+    assert len(loads) == 1
+    await engine.release(prompt.digest)
+    assert await answer(engine, request("b", soft_prompt=reference)) == warm
+    assert len(loads) == 2
+
+
+async def test_two_requests_with_one_id_are_told_apart_by_refusing_the_second(engine: LocalEngine) -> None:
+    async with aclosing(await first(engine, request("same", sampling=LONG))):  # type: ignore[type-var]
+        with pytest.raises(InvalidRequest, match="running already"):
+            await answer(engine, request("same"))
+
+
+async def test_close_lets_running_requests_finish_and_fails_those_beyond_the_grace(
+    base: BaseModel, loaded: EngineCore
+) -> None:
+    engine = LocalEngine(base, ThreadHost(lambda: loaded))
+    await engine.start()
+    short = asyncio.ensure_future(answer(engine, request("short", sampling=Sampling(3))))
+    await until(lambda: engine.stats().running == 1 or short.done())
+    await engine.close(grace_s=30)
+    assert await short
+    with pytest.raises(EngineUnavailable, match="stopping"):
+        await answer(engine, request("late"))
+    again = LocalEngine(base, ThreadHost(lambda: loaded))
+    await again.start()
+    stream = await first(again, request("long", sampling=LONG))
+    closing = asyncio.ensure_future(again.close(grace_s=0))
+    with pytest.raises(EngineUnavailable, match="stopping"):
+        async for _ in stream:
+            pass
+    await closing
+
+
+async def test_a_base_that_cannot_be_served_is_reported_at_start(base: BaseModel) -> None:
+    def refuse() -> EngineCore:
+        raise BaseModelError("this base cannot be served")
+
+    engine = LocalEngine(base, ThreadHost(refuse))
+    with pytest.raises(BaseModelError, match="cannot be served"):
+        await engine.start()
+    await engine.close()
+
+
+async def test_a_killed_engine_fails_what_was_in_flight_once_and_is_replaced(base: BaseModel) -> None:
+    host = ProcessHost(base, EngineOptions(max_sequences=4))
+    engine = LocalEngine(base, host)
+    await engine.start()
+    try:
+        prompt = SoftPromptReference.to(random_prompt(3, 9), base.fingerprint)
+        await engine.warm(prompt)
+        expected = await answer(engine, request("before", soft_prompt=prompt))
+        stream = await first(engine, request("cut", sampling=LONG))
+        first_process = host.process_id
+        assert first_process is not None
+        os.kill(first_process, signal.SIGKILL)
+        with pytest.raises(EngineUnavailable, match="was lost"):
+            async for _ in stream:
+                pass
+        assert not engine.stats().ready
+        assert await answer(engine, request("after", soft_prompt=prompt)) == expected
+        assert engine.stats().restarts == 1
+        assert engine.stats().prefixes == 1
+        assert host.process_id not in (None, first_process)
+        scores = await engine.score(ScoreRequest("s", RawText("hello"), ("greeting", "refund"), prompt))
+        assert len(scores.log_probabilities) == 2
+    finally:
+        await engine.close()
+    assert host.process_id is None
+
+
+async def test_the_process_that_supervises_the_engine_imports_no_torch() -> None:
+    code = (
+        "import sys, service.app, service.commands, prompt_store.commands\n"
+        "print([m for m in ('torch', 'transformers', 'openai') if m in sys.modules])"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    assert output.decode().strip() == "[]"
+
+
+def test_build_gives_an_engine_in_a_process_of_its_own(base: BaseModel) -> None:
+    engine = build_local(base, EngineOptions(), max_waiting=1)
+    assert not engine.stats().ready
+    assert engine.capabilities().payload_kinds == {"soft_prompt", "text"}
