@@ -1,0 +1,1 @@
+"""Thin HTTP handlers: bodies in, answers out. What happens between is routing's subject."""

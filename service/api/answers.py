@@ -1,0 +1,191 @@
+"""Answers as HTTP: JSON, event streams, and the one table from errors to statuses.
+
+An event stream closes its generator itself when the client leaves, because a server may never do so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from litestar import Request, Response
+from litestar.enums import MediaType
+from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from prompt_store import errors as store
+from service.engines import errors as engine
+from service.routing import errors as routing
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+INVALID = "invalid_request_error"
+UNAVAILABLE = "server_error"
+RATE_LIMIT = "rate_limit_error"
+
+# Every error type of our trees: HTTP status, OpenAI's error type, code. A test proves the table complete.
+STATUS: dict[type[Exception], tuple[int, str, str]] = {
+    store.StoreError: (500, UNAVAILABLE, "store_error"),
+    store.NotFound: (404, INVALID, "not_found"),
+    store.UnknownTask: (404, INVALID, "model_not_found"),
+    store.UnknownVersion: (404, INVALID, "model_not_found"),
+    store.UnknownAlias: (404, INVALID, "model_not_found"),
+    store.UnknownBase: (404, INVALID, "base_not_found"),
+    store.InvalidName: (400, INVALID, "invalid_name"),
+    store.InvalidTask: (400, INVALID, "invalid_task"),
+    store.InvalidInputs: (400, INVALID, "invalid_inputs"),
+    store.InvalidArtifact: (400, INVALID, "invalid_artifact"),
+    store.BaseMismatch: (400, INVALID, "base_mismatch"),
+    store.InvalidRoute: (400, INVALID, "invalid_route"),
+    store.Conflict: (409, INVALID, "conflict"),
+    store.NotYetSupported: (400, INVALID, "not_supported"),
+    store.SchemaMismatch: (500, UNAVAILABLE, "schema_mismatch"),
+    store.StoreUnavailable: (503, UNAVAILABLE, "store_unavailable"),
+    engine.EngineError: (500, UNAVAILABLE, "engine_error"),
+    engine.BaseModelError: (503, UNAVAILABLE, "base_model_error"),
+    engine.RequestError: (400, INVALID, "invalid_request"),
+    engine.PromptTooLong: (400, INVALID, "context_length_exceeded"),
+    engine.UnsupportedFeature: (400, INVALID, "unsupported_parameter"),
+    engine.InvalidRequest: (400, INVALID, "invalid_value"),
+    engine.WrongBase: (409, INVALID, "base_mismatch"),
+    engine.GenerationFailed: (500, UNAVAILABLE, "generation_failed"),
+    engine.QueueFull: (429, RATE_LIMIT, "queue_full"),
+    engine.EngineUnavailable: (503, UNAVAILABLE, "engine_unavailable"),
+    routing.RoutingError: (500, UNAVAILABLE, "routing_error"),
+    routing.NotServed: (404, INVALID, "model_not_found"),
+    routing.WrongTaskKind: (400, INVALID, "wrong_task_kind"),
+    routing.UnknownGeneration: (404, INVALID, "generation_not_found"),
+}
+
+
+def error_body(message: str, kind: str, code: str | None, parameter: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers of an error. What is not ours is a 500 that says nothing of its inside."""
+    known = STATUS.get(type(error))
+    if known is None:
+        log.error("unexpected error", exc_info=error)
+        body = error_body("something went wrong inside the service; its log says what", UNAVAILABLE, "internal_error")
+        return 500, body, {}
+    status, kind, code = known
+    headers: dict[str, str] = {}
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(retry_after_s)))
+    return status, error_body(str(error), kind, code, getattr(error, "parameter", None)), headers
+
+
+def answer_error(_: Request[Any, Any, Any], error: Exception) -> Response[dict[str, Any]]:
+    """Litestar's handler for every error of ours, and for what nobody expected."""
+    status, body, headers = describe(error)
+    return Response(body, status_code=status, media_type=MediaType.JSON, headers=headers)
+
+
+def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[dict[str, Any]]:
+    """Litestar's own refusals (validation, unknown path, wrong method) in the same shape."""
+    message, parameter = str(error.detail), None
+    problems = error.extra if isinstance(error.extra, list) else []
+    if problems and isinstance(problems[0], dict):
+        parameter = str(problems[0].get("key") or "") or None
+        message = f"{parameter or 'the body'}: {problems[0].get('message', message)}"
+    elif error.status_code == 404:
+        message = f"there is nothing at {request.url.path}; /schema lists what there is"
+    elif error.status_code == 405:
+        message = f"{request.method} is not allowed at {request.url.path}; /schema lists what is"
+    kind = INVALID if error.status_code < 500 else UNAVAILABLE
+    body = error_body(message, kind, None if error.status_code < 500 else "internal_error", parameter)
+    return Response(body, status_code=error.status_code, media_type=MediaType.JSON, headers=error.headers or {})
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+class EventStream(Response[None]):
+    """A streamed answer of server-sent events.
+
+    However it ends, it closes their generator and then calls `close`: a generator that never began runs no `finally`.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[bytes], headers: Mapping[str, str], close: Callable[[], Awaitable[None]]
+    ) -> None:
+        super().__init__(None, headers=headers)
+        self._events = events
+        self._close = close
+        self._raw_headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-store"),
+            (b"x-accel-buffering", b"no"),
+            *((name.encode(), value.encode()) for name, value in headers.items()),
+        ]
+
+    def to_asgi_response(self, *_: Any, **__: Any) -> ASGIApp:  # type: ignore[override]
+        """Litestar's hook: this answer is its own ASGI application."""
+        return self._answer
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        streaming = asyncio.create_task(self._stream(send))
+        leaving = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({streaming, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (streaming, leaving):
+                task.cancel()
+            results = await asyncio.gather(streaming, leaving, return_exceptions=True)
+            await self._events.aclose()
+            await self._close()
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _stream(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self._raw_headers})
+        try:
+            async for data in self._events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except Exception as error:  # the status is sent already, so the error travels as an event
+            _, body, _ = describe(error)
+            await send({"type": "http.response.body", "body": event(body), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class ClientLeft(Exception):
+    """The client closed the connection before its answer was ready; nobody reads what is answered now."""
+
+
+async def unless_disconnected(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
+    """Await work, but cancel it when the client leaves. Raises ClientLeft then."""
+    await request.body()  # from here on, the next message can only be the disconnect
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeft
+        return await working
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def answer_client_left(_: Request[Any, Any, Any], __: ClientLeft) -> Response[None]:
+    return Response(None, status_code=499)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

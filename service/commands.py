@@ -1,0 +1,141 @@
+"""`softcue serve`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from service.catalog import Catalog
+
+Option = typer.Option
+
+
+def serve(
+    config: Annotated[Path | None, Option(help="TOML file with settings.", show_default=False)] = None,
+    host: Annotated[str | None, Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, Option(help="Port to listen on; 0 takes a free one.", show_default="8000")] = None,
+    store: Annotated[str | None, Option(help="The prompt store.", show_default=".softcue/softcue.db")] = None,
+    base: Annotated[Path | None, Option(help="Folder of the base model.", show_default="examples/base")] = None,
+    seed: Annotated[
+        Path | None, Option(help="Folder of tasks to put into the store where they are missing.", show_default=False)
+    ] = None,
+) -> None:
+    """Serve the tasks of a prompt store over HTTP."""
+    import uvicorn
+
+    from prompt_store.errors import StoreError
+    from service.app import create_app
+    from service.engines.errors import EngineError
+    from service.settings import SettingsError, load_settings
+
+    given: dict[str, dict[str, Any]] = {
+        "server": {"host": host, "port": port},
+        "store": {"url": store, "seed": seed},
+        "base": {"path": base},
+    }
+    overrides = {
+        section: {key: value for key, value in values.items() if value is not None} for section, values in given.items()
+    }
+    _log_to_stderr()
+    fatal: list[Exception] = []
+    try:
+        settings = load_settings(config, overrides=overrides)
+        listener = _listen(settings.server.host, settings.server.port)
+        address = listener.getsockname()
+
+        def failed(error: Exception) -> None:
+            fatal.append(error)
+            server.should_exit = True
+
+        app = create_app(settings, on_ready=lambda catalog: _welcome(catalog, address[0], address[1]), on_fatal=failed)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=max(1, round(settings.server.drain_s)),
+            )
+        )
+        print(f"softcue: starting on http://{address[0]}:{address[1]}", file=sys.stderr, flush=True)
+        server.run(sockets=[listener])
+    except (SettingsError, StoreError, EngineError, OSError) as error:
+        fatal.append(error)
+    except KeyboardInterrupt:
+        pass  # uvicorn raises it again once it has drained; the service has stopped cleanly
+    if fatal:
+        print(f"softcue: {fatal[0]}", file=sys.stderr)
+        raise typer.Exit(1)
+    print("softcue: stopped", file=sys.stderr)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
+    return listener
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    requests = logging.getLogger("softcue.requests")
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    requests.addHandler(lines)
+    requests.setLevel(logging.INFO)
+    requests.propagate = False
+
+
+def _welcome(catalog: Catalog, host: str, port: int) -> None:
+    """Print what is served, and how to ask for it with curl and with the openai client."""
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    print(f"\nSoftcue serves on {url}, base model '{catalog.base_name}':")
+    tasks = catalog.snapshot.tasks
+    for name, revision in sorted(tasks.items()):
+        aliases = catalog.snapshot.aliases.get(name, {})
+        served = ", ".join(
+            f"{alias} = {catalog.snapshot.versions[digest].label}" for alias, digest in sorted(aliases.items())
+        )
+        print(f"  {name:20} {revision.task.kind:9} {served or 'no version yet'}   {revision.task.description}")
+    example = next((name for name in ("support_intents", *sorted(tasks)) if catalog.snapshot.aliases.get(name)), None)
+    if example is None:
+        print("Publish a version with `softcue tune soft-prompt RECIPE` or `softcue prompts publish`.\n", flush=True)
+        return
+    task = tasks[example].task
+    inputs = {field: _EXAMPLE_INPUTS.get(field, field) for field in task.inputs}
+    verb = "classify" if task.kind == "classify" else "generate"
+    body = json.dumps({"inputs": inputs})
+    content = next(
+        (message.content for message in task.render(inputs) if message.role == "user"), next(iter(inputs.values()))
+    )
+    print(f"""
+Ask with curl:
+  curl -s {url}/v1/tasks/{example}/{verb} -H 'content-type: application/json' -d '{body}'
+
+Ask with the openai client:
+  from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key="none")
+  answer = client.chat.completions.create(
+      model="{example}", messages=[{{"role": "user", "content": {json.dumps(content)}}}]
+  )
+  print(answer.choices[0].message.content)
+
+Health {url}/health/ready, metrics {url}/metrics, API description {url}/schema. Ctrl-C stops.
+""", flush=True)  # fmt: skip
+
+
+_EXAMPLE_INPUTS = {"message": "Where is my parcel? It should have been here on Monday."}

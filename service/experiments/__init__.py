@@ -1,0 +1,1 @@
+"""Experiments: assignment, statistics and decisions, as pure functions. Reserved: no route splits yet."""

@@ -1,0 +1,67 @@
+"""Signed generation ids: any replica that shares the store can tell what a generation was, and that it was ours."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import secrets
+from dataclasses import dataclass
+
+from service.routing.errors import UnknownGeneration
+
+_MAC_BYTES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationTag:
+    """What an id says. `at_ms` is Unix time in milliseconds; `version` the first 16 digits of a digest, or empty."""
+
+    task: str
+    version: str
+    arm: str
+    unit_hash: str
+    at_ms: int
+
+
+def unit_hash(unit: str) -> str:
+    """The unit as records keep it: 64 bits of its SHA-256 in hex."""
+    return hashlib.sha256(unit.encode()).hexdigest()[:16]
+
+
+def sign(tag: GenerationTag, key: bytes) -> str:
+    """A new id for a generation: URL-safe, unique, unforgeable without the key."""
+    body = json.dumps(
+        [tag.task, tag.version, tag.arm, tag.unit_hash, tag.at_ms, secrets.token_hex(6)], separators=(",", ":")
+    ).encode()
+    return f"{_encode(body)}.{_encode(_mac(body, key))}"
+
+
+def verify(generation_id: str, key: bytes) -> GenerationTag:
+    """Read an id back, with or without an OpenAI prefix such as `chatcmpl-`. Raises UnknownGeneration."""
+    text = generation_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    try:
+        encoded, mac = text.split(".")
+        body = _decode(encoded)
+        if not hmac.compare_digest(_mac(body, key), _decode(mac)):
+            raise ValueError
+        task, version, arm, unit, at_ms, _ = json.loads(body)
+        return GenerationTag(task, version, arm, unit, at_ms)
+    except (ValueError, binascii.Error, TypeError):
+        raise UnknownGeneration(
+            "this generation id was not signed by this service's store; send the id exactly as it was answered"
+        ) from None
+
+
+def _mac(body: bytes, key: bytes) -> bytes:
+    return hmac.digest(key, body, "sha256")[:_MAC_BYTES]
+
+
+def _encode(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def _decode(text: str) -> bytes:
+    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)

@@ -1,0 +1,94 @@
+"""Every Prometheus instrument of the service. Labels name tasks and versions of the catalog, never a user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from service.engines.base import Engine
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_LABELS = ("task", "version", "arm", "backend")
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Whose request it was, for a metric's labels."""
+
+    task: str
+    version: str
+    arm: str
+    backend: str
+
+    def values(self) -> tuple[str, str, str, str]:
+        return (self.task, self.version, self.arm, self.backend)
+
+
+UNROUTED = Labels("", "", "", "")
+
+
+class Metrics:
+    """The instruments, in a registry of their own."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "softcue_requests", "Requests by how they ended", (*_LABELS, "outcome"), registry=self.registry
+        )
+        self.duration = Histogram(
+            "softcue_request_duration_seconds", "From request to last token", _LABELS, buckets=_SECONDS,
+            registry=self.registry,
+        )  # fmt: skip
+        self.time_to_first_token = Histogram(
+            "softcue_time_to_first_token_seconds", "From request to first token", _LABELS, buckets=_SECONDS,
+            registry=self.registry,
+        )  # fmt: skip
+        self.prompt_tokens = Counter(
+            "softcue_prompt_tokens", "Tokens of text in, without virtual tokens", _LABELS, registry=self.registry
+        )
+        self.completion_tokens = Counter("softcue_completion_tokens", "Tokens out", _LABELS, registry=self.registry)
+        self.store_sequence = Gauge(
+            "softcue_store_sequence", "The last change of the store that is served", registry=self.registry
+        )
+        self.catalog_failures = Counter(
+            "softcue_catalog_failures", "Reads of the store, or warm-ups, that failed", registry=self.registry
+        )
+        self.registry.register(_EngineCollector(engines))
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+
+class _EngineCollector(Collector):
+    """Engine stats, read when they are scraped."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterator[Metric]:
+        stats = {name: engine.stats() for name, engine in self._engines.items()}
+        gauges = (
+            ("ready", "Whether the engine takes requests"),
+            ("waiting", "Requests that wait for a slot"),
+            ("running", "Requests in the batch"),
+            ("kv_slots", "KV slots"),
+            ("kv_slots_used", "KV slots in use"),
+            ("prefixes", "Soft prompts whose KV is in memory"),
+            ("prefix_bytes", "Bytes of their KV"),
+        )
+        for field, text in gauges:
+            gauge = GaugeMetricFamily(f"softcue_engine_{field}", text, labels=["backend"])
+            for name, values in stats.items():
+                gauge.add_metric([name], float(getattr(values, field)))
+            yield gauge
+        for field, text in (("tokens_generated", "Tokens made"), ("restarts", "Times the engine was lost")):
+            counter = CounterMetricFamily(f"softcue_engine_{field}", text, labels=["backend"])
+            for name, values in stats.items():
+                counter.add_metric([name], float(getattr(values, field)))
+            yield counter

@@ -1,0 +1,102 @@
+"""A store with tasks and versions, and the application over it, for tests of the service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litestar.testing import AsyncTestClient
+
+from prompt_store.access import ANONYMOUS
+from prompt_store.database import Database
+from prompt_store.prompts.registry import NewVersion, Registry
+from prompt_store.prompts.soft_prompt import SoftPrompt
+from prompt_store.prompts.task import Task, parse_task
+from prompt_store.prompts.version import PromptVersion, TextPayload
+from service.app import create_app
+from service.engines.base import Engine
+from service.engines.base_model import BaseModel
+from service.settings import Settings, load_settings
+from tests.conftest import BASE_FOLDER, random_prompt
+
+INTENTS: dict[str, Any] = {
+    "name": "intents",
+    "kind": "classify",
+    "inputs": ["message"],
+    "labels": ["get refund", "track order", "greeting"],
+    "messages": [{"role": "user", "content": "{message}"}],
+    "sampling": {"max_tokens": 8},
+}
+COPY: dict[str, Any] = {
+    "name": "copy",
+    "kind": "generate",
+    "inputs": ["product", "colour"],
+    "messages": [{"role": "user", "content": "{colour} {product}"}],
+    "sampling": {"max_tokens": 12, "temperature": 0.5, "top_p": 0.9, "stop": ["\n"]},
+}
+QUERY: dict[str, Any] = {
+    "name": "query",
+    "kind": "extract",
+    "inputs": ["question"],
+    "messages": [{"role": "user", "content": "{question}"}],
+    "json_schema": {"type": "object", "required": ["table"], "properties": {"table": {"type": "string"}}},
+}
+
+
+@dataclass
+class Store:
+    """A prompt store on disk, as another process would write it."""
+
+    path: Path
+    base: BaseModel
+    registry: Registry
+
+    def task(self, document: dict[str, Any]) -> Task:
+        task = parse_task(document)
+        self.registry.apply_task(task, ANONYMOUS)
+        return task
+
+    def publish(self, task: str, content: SoftPrompt | TextPayload, alias: str | None = "production") -> PromptVersion:
+        fingerprint = self.base.fingerprint if isinstance(content, SoftPrompt) else None
+        new = NewVersion(task=task, payload_content=content, base_fingerprint=fingerprint)
+        return self.registry.publish(new, alias, "a test", ANONYMOUS).version
+
+    def settings(self, **server: Any) -> Settings:
+        overrides = {
+            "store": {"url": str(self.path), "poll_s": 0.01},
+            "base": {"path": BASE_FOLDER, "name": "demo-base"},
+            "server": {"drain_s": 1, **server},
+        }
+        return load_settings(None, {}, overrides)
+
+
+def open_store(folder: Path, base: BaseModel) -> Store:
+    """An empty store that knows the demo base."""
+    path = folder / "store.db"
+    registry = Registry(Database.open(path))
+    registry.register_base(base.describe(), ANONYMOUS)
+    return Store(path, base, registry)
+
+
+def filled(folder: Path, base: BaseModel) -> Store:
+    """A store with the three tasks, each with one version in production."""
+    store = open_store(folder, base)
+    for seed, document in enumerate((INTENTS, COPY, QUERY)):
+        store.publish(store.task(document).name, random_prompt(seed, 4 + seed))
+    return store
+
+
+@asynccontextmanager
+async def client_of(store: Store, engine: Engine, **server: Any) -> AsyncIterator[AsyncTestClient[Any]]:
+    """The ready application, spoken to in this process."""
+    ready = asyncio.Event()
+    app = create_app(store.settings(**server), engine=engine, on_ready=lambda _: ready.set())
+    async with AsyncTestClient(app, raise_server_exceptions=False) as client:
+        async with asyncio.timeout(10):
+            while (await client.get("/health/ready")).status_code != 200:  # noqa: ASYNC110 (readiness is asked for)
+                await asyncio.sleep(0)
+        yield client

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.settings import SettingsError, load_settings
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "softcue.toml"
+    file.write_text(text)
+    return file
+
+
+def test_the_file_then_the_environment_then_the_command_line(tmp_path: Path) -> None:
+    file = write(tmp_path, "[server]\nport = 1\nhost = 'a'\ndrain_s = 3\n[engine]\nmax_sequences = 4\n")
+    environment = {"SOFTCUE_SERVER_PORT": "2", "SOFTCUE_SERVER_HOST": "b", "SOFTCUE_UNRELATED": "x"}
+    settings = load_settings(file, environment, {"server": {"host": "c"}})
+    assert (settings.server.port, settings.server.host, settings.server.drain_s) == (2, "c", 3.0)
+    assert settings.engine.options().max_sequences == 4
+
+
+def test_paths_in_the_file_are_relative_to_it_and_urls_stay(tmp_path: Path) -> None:
+    file = write(tmp_path, "[base]\npath = 'b'\n[store]\nurl = '../s.db'\nseed = '.'\n")
+    settings = load_settings(file, {})
+    assert (settings.base.path, settings.store.url) == (tmp_path / "b", str(tmp_path / "../s.db"))
+    assert load_settings(write(tmp_path, "[store]\nurl = 'sqlite:///x'\n"), {}).store.url == "sqlite:///x"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[server]\nprot = 1\n", r"there is no setting server\.prot; did you mean server\.port\?"),
+        ("[sever]\n", r"there is no section \[sever\]; did you mean server\?"),
+        ("[server]\nport = 'many'\n", r"setting server\.port: .*'many'"),
+        ("[server\n", "is not TOML"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        load_settings(write(tmp_path, text), {})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.toml cannot be read"):
+        load_settings(tmp_path / "nowhere.toml", {})
