@@ -1,0 +1,26 @@
+"""The command line's front door: `softcue serve | prompts | tune`. Each package brings its own commands."""
+
+from __future__ import annotations
+
+import typer
+from prompt_store.commands import app as prompts
+
+from service.commands import serve
+from training.commands import app as tune
+
+app = typer.Typer(
+    name="softcue", help="Serve tuned prompts: one frozen base model, a soft prompt for every task.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+app.command()(serve)
+app.add_typer(prompts, name="prompts")
+app.add_typer(tune, name="tune")
+
+
+def main() -> None:
+    """Console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

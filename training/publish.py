@@ -1,0 +1,82 @@
+"""The quality gate, and publishing what passes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prompt_store.access import Principal
+from prompt_store.prompts.publishing import NewVersion, Published
+from prompt_store.prompts.registry import Registry
+from prompt_store.prompts.soft_prompt import SoftPrompt
+from prompt_store.prompts.task import Task
+from prompt_store.prompts.version import Provenance
+from training.errors import RecipeError
+from training.recipe import GateRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a candidate may be published, and the figures that decided. `reference` is what it was held against."""
+
+    passed: bool
+    metric: str
+    candidate: float
+    reference_value: float
+    reference: str
+    gain: float
+    minimum_gain: float
+
+    def sentence(self) -> str:
+        """The verdict in words."""
+        outcome = "passed" if self.passed else "did not pass"
+        return (
+            f"{outcome} the gate: {self.metric} {self.candidate:.3f} against {self.reference_value:.3f} of "
+            f"{self.reference}, a gain of {self.gain:+.3f} where at least {self.minimum_gain:+.3f} is asked for"
+        )
+
+
+def judge(
+    gate: GateRecipe, task: Task, candidate: Mapping[str, float], reference: Mapping[str, float], name: str
+) -> Verdict:
+    """Hold a candidate's metrics against a reference's. Raises RecipeError when the gate's metric was not computed."""
+    if gate.metric not in candidate:
+        raise RecipeError(f"gate.metric '{gate.metric}' is not among the task's metrics: {', '.join(candidate)}")
+    direction = next((metric.direction for metric in task.metrics if metric.name == gate.metric), "maximise")
+    gain = candidate[gate.metric] - reference[gate.metric]
+    if direction == "minimise":
+        gain = -gain
+    return Verdict(
+        passed=gain >= gate.minimum_gain,
+        metric=gate.metric,
+        candidate=candidate[gate.metric],
+        reference_value=reference[gate.metric],
+        reference=name,
+        gain=gain,
+        minimum_gain=gate.minimum_gain,
+    )
+
+
+def publish(
+    registry: Registry,
+    task: Task,
+    prompt: SoftPrompt,
+    *,
+    base_fingerprint: str,
+    provenance: Provenance,
+    report: dict[str, Any],
+    alias: str,
+    principal: Principal,
+    reason: str,
+) -> Published:
+    """Publish a soft prompt under an alias, in one transaction with its report and provenance."""
+    new = NewVersion(
+        task=task.name,
+        payload_content=prompt,
+        base_fingerprint=base_fingerprint,
+        task_revision=task.digest,
+        provenance=provenance,
+        report=report,
+    )
+    return registry.publish(new, alias, reason, principal)

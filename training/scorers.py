@@ -1,0 +1,47 @@
+"""What an answer is worth: each scorer takes an example and the given text, and returns a number in [0, 1]."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from training.dataset import Example
+
+Scorer = Callable[[Example, str], float]
+
+
+def exact_match(example: Example, answer: str) -> float:
+    """1 when the answer is the expected one; JSON is compared as values, so key order and spaces do not count."""
+    if example.answer.strip() == answer.strip():
+        return 1.0
+    expected, given = _json(example.answer), _json(answer)
+    return float(isinstance(expected, dict | list) and expected == given)
+
+
+def json_validity(_: Example, answer: str) -> float:
+    """1 when the answer is JSON."""
+    return float(_json(answer) is not None)
+
+
+def field_coverage(example: Example, answer: str) -> float:
+    """The share of those input fields that the expected answer quotes and the given answer quotes too."""
+    quoted = [value for value in example.inputs.values() if value.lower() in example.answer.lower()]
+    if not quoted:
+        return 1.0
+    return sum(value.lower() in answer.lower() for value in quoted) / len(quoted)
+
+
+SCORERS: Mapping[str, Scorer] = {
+    "accuracy": exact_match,
+    "exact_match": exact_match,
+    "json_validity": json_validity,
+    "field_coverage": field_coverage,
+}
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
