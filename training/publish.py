@@ -37,23 +37,26 @@ class Verdict:
         )
 
 
+def gain(task: Task, metric: str, value: float, reference: float) -> float:
+    """How much better a value of a metric is than another, in the metric's own direction."""
+    direction = next((known.direction for known in task.metrics if known.name == metric), "maximise")
+    return value - reference if direction == "maximise" else reference - value
+
+
 def judge(
     gate: GateRecipe, task: Task, candidate: Mapping[str, float], reference: Mapping[str, float], name: str
 ) -> Verdict:
     """Hold a candidate's metrics against a reference's. Raises RecipeError when the gate's metric was not computed."""
     if gate.metric not in candidate:
         raise RecipeError(f"gate.metric '{gate.metric}' is not among the task's metrics: {', '.join(candidate)}")
-    direction = next((metric.direction for metric in task.metrics if metric.name == gate.metric), "maximise")
-    gain = candidate[gate.metric] - reference[gate.metric]
-    if direction == "minimise":
-        gain = -gain
+    gained = gain(task, gate.metric, candidate[gate.metric], reference[gate.metric])
     return Verdict(
-        passed=gain >= gate.minimum_gain,
+        passed=gained >= gate.minimum_gain,
         metric=gate.metric,
         candidate=candidate[gate.metric],
         reference_value=reference[gate.metric],
         reference=name,
-        gain=gain,
+        gain=gained,
         minimum_gain=gate.minimum_gain,
     )
 

@@ -113,7 +113,8 @@ def load_recipe(file: Path) -> Recipe:
 
 
 def _explain(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    problems = error.errors()
+    problem = next((entry for entry in problems if entry["type"] == "extra_forbidden"), problems[0])
     place = [str(part) for part in problem["loc"]]
     if problem["type"] != "extra_forbidden":
         return f"{'.'.join(place)}: {problem['msg']}"

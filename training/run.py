@@ -29,7 +29,7 @@ from training.dataset import Dataset, load_dataset, tokenise
 from training.evaluate import Evaluation, Evaluator, metric_names
 from training.initialise import initial_prompt
 from training.optimise import Optimiser, Step
-from training.publish import Verdict, judge, publish
+from training.publish import Verdict, gain, judge, publish
 from training.recipe import Recipe
 
 _TRAINING_ATTENTION = "sdpa"
@@ -131,7 +131,7 @@ def tune_soft_prompt(
                 prompt = _stored(optimiser.prompt, recipe)
                 value = evaluator.soft_prompt(prompt, dataset.validation).metrics[metric]
                 model.set_attn_implementation(_TRAINING_ATTENTION)
-                better = progress.best_metric is None or value > progress.best_metric
+                better = progress.best_metric is None or gain(task, metric, value, progress.best_metric) > 0
                 progress.history.append((step.number, value, sum(losses) / len(losses)))
                 losses.clear()
                 if better:

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from litestar.testing import AsyncTestClient
+
+from prompt_store.prompts.task import Message
+from prompt_store.prompts.version import TextPayload
+from service.engines.base import Messages
+from service.engines.base_model import BaseModel
+from service.engines.scripted import ScriptedEngine
+from service.generation_ids import unit_hash, verify
+from tests.service.serving import Store, client_of, filled
+
+
+@pytest.fixture
+def store(tmp_path: Path, base: BaseModel) -> Store:
+    return filled(tmp_path, base)
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+@pytest.fixture
+async def client(store: Store, engine: ScriptedEngine) -> AsyncIterator[AsyncTestClient[Any]]:
+    async with client_of(store, engine) as client:
+        yield client
+
+
+async def post(client: AsyncTestClient[Any], path: str, **body: Any) -> Any:
+    return await client.post(f"/v1/tasks/{path}", json=body)
+
+
+async def test_inputs_go_through_the_tasks_template(client: AsyncTestClient[Any], engine: ScriptedEngine) -> None:
+    response = await post(client, "copy/generate", inputs={"product": "tea {pot}", "colour": "blue"})
+    body = response.json()
+    assert (body["task"], body["version"], body["text"]) == ("copy", "copy@v1", "blue tea {pot}")
+    assert (body["finish_reason"], body["usage"]["virtual_tokens"]) == ("stop", 5)
+    assert engine.requests[0].prompt == Messages((Message(role="user", content="blue tea {pot}"),))
+
+
+async def test_a_generation_id_is_signed_and_names_task_version_and_unit(
+    client: AsyncTestClient[Any], store: Store
+) -> None:
+    body = (await post(client, "copy/generate", inputs={"product": "p", "colour": "c"}, unit="user 7")).json()
+    tag = verify(body["id"], store.registry.database.signing_key())
+    version = store.registry.version("copy", "v1")
+    assert (tag.task, tag.version, tag.unit_hash) == ("copy", version.digest[:16], unit_hash("user 7"))
+
+
+async def test_a_stream_ends_with_the_whole_answers_tail(client: AsyncTestClient[Any]) -> None:
+    response = await post(client, "copy/generate", inputs={"product": "p", "colour": "c"}, stream=True)
+    *deltas, last, done = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert done == "[DONE]"
+    assert [json.loads(line)["delta"] for line in deltas] == ["c", " p"]
+    assert (json.loads(last)["text"], json.loads(last)["finish_reason"]) == ("c p", "stop")
+
+
+@pytest.mark.parametrize(
+    ("answer", "parsed", "invalid"),
+    [
+        ('{"table": "orders"}', {"table": "orders"}, None),
+        ('{"table": 3}', None, "the answer does not fit the task's schema: 3 is not of type 'string'"),
+        ("SELECT", None, "the answer is not JSON"),
+    ],
+)
+async def test_an_extracted_answer_is_parsed_and_checked(
+    client: AsyncTestClient[Any], engine: ScriptedEngine, answer: str, parsed: object, invalid: str | None
+) -> None:
+    engine.script = lambda _: [answer]
+    body = (await post(client, "query/generate", inputs={"question": "how many"})).json()
+    assert (body["text"], body["parsed"]) == (answer, parsed)
+    assert (body["invalid"] is None) == (invalid is None)
+    assert invalid is None or body["invalid"].startswith(invalid)
+
+
+async def test_labels_come_with_probabilities_the_most_probable_first(client: AsyncTestClient[Any]) -> None:
+    response = await post(client, "intents/classify", inputs={"message": "greetings"})
+    body = response.json()
+    assert body["label"] == body["labels"][0]["label"] == "greeting"
+    probabilities = [label["probability"] for label in body["labels"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) == pytest.approx(1.0)
+    assert response.headers["x-softcue-version"] == "intents@v1"
+
+
+async def test_a_text_prompt_replaces_the_template(store: Store, engine: ScriptedEngine) -> None:
+    messages = (Message(role="system", content="Write."), Message(role="user", content="{product} in {colour}"))
+    store.publish("copy", TextPayload(messages=messages), alias="candidate")
+    async with client_of(store, engine) as client:
+        body = (await post(client, "copy/generate", inputs={"product": "p", "colour": "c"}, version="candidate")).json()
+    assert (body["version"], body["text"]) == ("copy@v2", "p in c")
+
+
+async def test_tasks_are_listed_with_their_aliases_and_versions(client: AsyncTestClient[Any]) -> None:
+    listed = (await client.get("/v1/tasks")).json()["data"]
+    assert [task["name"] for task in listed] == ["copy", "intents", "query"]
+    one = (await client.get("/v1/tasks/intents")).json()
+    assert (one["aliases"], one["versions"], one["labels"][0]) == ({"production": "v1"}, ["v1"], "get refund")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("intent/classify", {"inputs": {"message": "x"}}, 404, "no task 'intent'; did you mean 'intents'"),
+        ("intents/classify", {"inputs": {}}, 400, "missing input 'message'"),
+        ("intents/classify", {"inputs": {"mesage": "x"}}, 400, "unexpected input 'mesage'"),
+        ("intents/classify", {"inputs": {"message": "x"}, "version": "v7"}, 404, "no version 'v7'"),
+        ("copy/classify", {"inputs": {"product": "p", "colour": "c"}}, 400, "task 'copy' is of kind 'generate'"),
+        ("copy/generate", {"inputs": {"product": "p", "colour": "c"}, "n": 2}, 400, "n"),
+        ("copy/generate", {"inputs": {"product": "p", "colour": "c"}, "min_p": 0.1}, 400, "min_p is not served"),
+        ("copy/generate", {"inputs": {"product": 3, "colour": "c"}}, 400, "product"),
+    ],
+)
+async def test_bad_input_is_refused_with_fact_and_remedy(
+    client: AsyncTestClient[Any], engine: ScriptedEngine, path: str, body: dict[str, Any], status: int, said: str
+) -> None:
+    response = await post(client, path, **body)
+    assert response.status_code == status
+    assert said in response.json()["error"]["message"]
+    assert engine.running == set()
+
+
+async def test_a_task_without_a_production_version_says_what_to_do(store: Store, engine: ScriptedEngine) -> None:
+    store.task({**_PLAIN, "name": "fresh"})
+    async with client_of(store, engine) as client:
+        response = await post(client, "fresh/generate", inputs={"text": "x"})
+        models = [entry["id"] for entry in (await client.get("/v1/models")).json()["data"]]
+    assert response.status_code == 404
+    assert "no alias 'production' of task 'fresh'" in response.json()["error"]["message"]
+    assert "fresh" not in models
+
+
+_PLAIN: dict[str, Any] = {
+    "name": "plain",
+    "kind": "generate",
+    "inputs": ["text"],
+    "messages": [{"role": "user", "content": "{text}"}],
+}

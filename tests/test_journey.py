@@ -1,0 +1,244 @@
+"""The whole of it, as its users meet it: the real command line, a real server on a real port, the official client."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TypeVar
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.conftest import BASE_FOLDER
+from tests.training.recipes import write_recipe
+
+T = TypeVar("T")
+
+COMMAND = [sys.executable, "-m", "softcue"]
+
+
+def softcue(*arguments: str | Path, code: int = 0) -> str:
+    """Run a command to its end; returns what it printed."""
+    result = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def eventually(ask: Callable[[], T], expected: Callable[[T], bool], within_s: float = 30.0) -> T:
+    """Ask until the answer is the expected one. A deadline only: what is slow is not wrong."""
+    deadline = time.monotonic() + within_s
+    while not expected(answer := ask()):
+        assert time.monotonic() < deadline, f"still {answer!r} after {within_s} s"
+    return answer
+
+
+@dataclass
+class Server:
+    """A running `softcue serve`."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: Path
+
+    @property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def metric(self, name: str) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        found = re.search(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+        assert found, name
+        return float(found[1])
+
+    def engine_process(self) -> int:
+        """The process id of the engine, the server's only child."""
+        threads = Path(f"/proc/{self.process.pid}/task").iterdir()
+        children = [child for thread in threads for child in (thread / "children").read_text().split()]
+        assert len(children) == 1
+        return int(children[0])
+
+    def wait_ready(self) -> None:
+        def ready() -> int:
+            assert self.process.poll() is None, self.log.read_text()
+            return httpx.get(f"{self.url}/health/ready").status_code
+
+        eventually(ready, lambda status: status == 200, 60)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    log = tmp_path / "server.log"
+    arguments = ["serve", "--port", "0", "--store", str(tmp_path / "store.db"), "--base", str(BASE_FOLDER)]
+    with log.open("w") as output:
+        process = start(arguments, output)
+        try:
+            found = eventually(
+                lambda: re.search(r"starting on (http://\S+)", log.read_text()) or process.poll(),
+                lambda answer: answer is not None,
+            )
+            assert isinstance(found, re.Match), log.read_text()
+            server = Server(process, found[1], log)
+            eventually(lambda: reachable(server.url), bool)
+            server.wait_ready()
+            yield server
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def start(arguments: list[str], output: IO[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen([*COMMAND, *arguments], stdout=output, stderr=output, text=True)
+
+
+def reachable(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health/live").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_tune_publish_serve_stream_roll_back_and_survive(server: Server, tmp_path: Path) -> None:
+    store = ("--store", tmp_path / "store.db")
+    tuning = ("tune", "soft-prompt", "--runs", tmp_path / "runs")
+    client = server.client
+
+    # Nothing is published yet: the task is unknown, the bare base answers.
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="colours", messages=[{"role": "user", "content": "x"}])
+    assert [model.id for model in client.models.list()] == ["base"]
+
+    # Tune in another process, publish, and see it served without a restart.
+    printed = softcue(*tuning, write_recipe(tmp_path / "first"), *store)
+    assert "Published as colours@v1" in printed
+    eventually(lambda: [model.id for model in client.models.list()], lambda ids: "colours@v1" in ids)
+    softcue("prompts", "alias", "colours", "production", "v1", *store)
+    eventually(lambda: [model.id for model in client.models.list()], lambda ids: "colours" in ids)
+
+    def ask(model: str = "colours") -> tuple[str | None, str | None]:
+        answer = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "the car looks like fire"}], max_tokens=12
+        )
+        return answer.system_fingerprint, answer.choices[0].message.content
+
+    fingerprint, first_answer = ask()
+    assert fingerprint is not None
+    assert fingerprint.startswith("colours@v1:")
+
+    # Stream with the official client: the pieces are the whole answer.
+    stream = client.chat.completions.create(
+        model="colours",
+        messages=[{"role": "user", "content": "the car looks like fire"}],
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == first_answer
+    assert chunks[-1].usage is not None
+
+    # Labels with probabilities.
+    labels = httpx.post(f"{server.url}/v1/tasks/colours/classify", json={"inputs": {"message": "the sea"}}).json()
+    assert {label["label"] for label in labels["labels"]} == {"red", "blue"}
+    assert sum(label["probability"] for label in labels["labels"]) == pytest.approx(1.0)
+
+    # Disconnect mid-stream: the engine frees the sequence.
+    body = {
+        "model": "base",
+        "prompt": "The house stood",
+        "max_tokens": 900,
+        "temperature": 0,
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+        lines = response.iter_lines()  # held, because dropping it closes the response
+        next(lines)
+        assert server.metric("softcue_engine_kv_slots_used") == 1
+    eventually(lambda: server.metric("softcue_engine_kv_slots_used"), lambda used: used == 0)
+    with httpx.Client(timeout=30) as impatient, pytest.raises(httpx.ReadTimeout):
+        impatient.post(f"{server.url}/v1/completions", json={**body, "stream": False}, timeout=0.2)
+    eventually(lambda: server.metric("softcue_engine_kv_slots_used"), lambda used: used == 0)
+
+    # A second version takes production over while requests run; moving the alias back brings the old answers back.
+    second = write_recipe(tmp_path / "second", **{"seed = 1": "seed = 2", "max_steps = 8": "max_steps = 4"})
+    softcue(*tuning, second, *store)
+    softcue("prompts", "alias", "colours", "production", "candidate", *store)
+    eventually(ask, lambda answer: str(answer[0]).startswith("colours@v2:"))
+    assert ask("colours@v1")[1] == first_answer
+    softcue("prompts", "alias", "colours", "production", "v1", "--reason", "worse", *store)
+    assert eventually(ask, lambda answer: str(answer[0]).startswith("colours@v1:"))[1] == first_answer
+    assert "worse" in softcue("prompts", "history", "colours", "production", *store)
+
+    # The engine is killed: what was in flight ends in an error, and requests are answered again.
+    cut = client.completions.create(model="base", prompt="The house stood", max_tokens=900, temperature=0, stream=True)
+    next(cut)
+    killed = server.engine_process()
+    os.kill(killed, signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="engine was lost"):
+        list(cut)
+    assert ask() == (fingerprint, first_answer)
+    assert server.metric("softcue_engine_restarts_total") == 1
+
+    # Ctrl-C lets the running stream end, then everything stops and nothing is left.
+    running = client.completions.create(
+        model="base", prompt="The house stood", max_tokens=60, temperature=0, stream=True
+    )
+    next(running)
+    engine = server.engine_process()
+    assert engine != killed
+    server.process.send_signal(signal.SIGINT)
+    assert list(running)[-1].choices[0].finish_reason in ("stop", "length")
+    assert server.process.wait(30) == 0
+    assert "softcue: stopped" in server.log.read_text()
+    assert not Path(f"/proc/{engine}").exists()
+
+
+def test_a_port_in_use_and_a_missing_base_are_told_apart_with_remedies(server: Server, tmp_path: Path) -> None:
+    port = server.url.rpartition(":")[2]
+    taken = softcue("serve", "--port", port, "--store", tmp_path / "s.db", "--base", BASE_FOLDER, code=1)
+    assert f"cannot listen on 127.0.0.1:{port}" in taken
+    assert "--port" in taken
+    missing = softcue("serve", "--port", "0", "--store", tmp_path / "s.db", "--base", tmp_path / "nowhere", code=1)
+    assert "no base model at" in missing
+    assert "Traceback" not in taken + missing
+
+
+def test_ctrl_c_during_training_leaves_a_checkpoint_and_the_same_command_resumes(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r", **{"max_steps = 8": "max_steps = 3000\npatience = 1000"})
+    arguments = [
+        "tune", "soft-prompt", str(recipe), "--store", str(tmp_path / "s.db"), "--runs", str(tmp_path / "runs"),
+    ]  # fmt: skip
+    with (tmp_path / "log").open("w") as output:
+        process = start(arguments, output)
+        try:
+            checkpoints = tmp_path / "runs"
+            eventually(lambda: list(checkpoints.glob("*/checkpoint.safetensors")), bool, 60)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    printed = (tmp_path / "log").read_text()
+    stopped = re.search(r"Stopped after step (\d+)", printed)
+    assert stopped, printed
+    with (tmp_path / "log2").open("w") as output:
+        again = start(arguments, output)
+        try:
+            eventually(lambda: "Resumed from" in (tmp_path / "log2").read_text(), bool, 60)
+            again.send_signal(signal.SIGINT)
+            again.wait(60)
+        finally:
+            if again.poll() is None:
+                again.kill()
+            again.wait()
+    assert f"Resumed from the checkpoint of step {stopped[1]}" in (tmp_path / "log2").read_text()
