@@ -10,7 +10,7 @@ BIN := .venv/bin
 SOURCES := service prompt_store training tests benchmarks examples softcue.py
 EXAMPLES := support_intents product_copy data_questions
 
-.PHONY: run test check lint types tests tune-examples bench-smoke clean
+.PHONY: run test check lint types tests tune-examples bench-engine clean
 
 run: .venv/.run
 	@exec $(BIN)/softcue serve --config examples/softcue.toml --port $(PORT)
@@ -36,9 +36,9 @@ tune-examples: .venv/.run
 	        --runs build/tune-examples/runs --save-to examples/$$task || exit 1; \
 	done
 
-# Tokens per second of the running parts, as a first measure; `make bench-engine` and its peers come with the fast engine.
-bench-smoke: .venv/.dev
-	$(BIN)/python -m benchmarks.smoke
+# Tokens per second of the engine against PeftModel.generate, in one run.
+bench-engine: .venv/.dev
+	$(BIN)/python -m benchmarks.engine
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Softcue needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }

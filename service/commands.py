@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -104,38 +105,42 @@ def _welcome(catalog: Catalog, host: str, port: int) -> None:
     """Print what is served, and how to ask for it with curl and with the openai client."""
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     print(f"\nSoftcue serves on {url}, base model '{catalog.base_name}':")
-    tasks = catalog.snapshot.tasks
-    for name, revision in sorted(tasks.items()):
+    examples: list[tuple[str, dict[str, str]]] = []
+    for name, revision in sorted(catalog.snapshot.tasks.items(), key=lambda entry: (entry[1].task.kind, entry[0])):
         aliases = catalog.snapshot.aliases.get(name, {})
-        served = ", ".join(
-            f"{alias} = {catalog.snapshot.versions[digest].label}" for alias, digest in sorted(aliases.items())
-        )
-        print(f"  {name:20} {revision.task.kind:9} {served or 'no version yet'}   {revision.task.description}")
-    example = next((name for name in ("support_intents", *sorted(tasks)) if catalog.snapshot.aliases.get(name)), None)
-    if example is None:
+        labels = {alias: catalog.snapshot.versions[digest].label for alias, digest in sorted(aliases.items())}
+        served = ", ".join(f"{alias} = {label}" for alias, label in labels.items()) or "no version yet"
+        print(f"  {name:20} {revision.task.kind:9} {served:18} {revision.task.description}")
+        if "production" in aliases:
+            examples.append((name, _sample_inputs(catalog, name, aliases["production"])))
+    if not examples:
         print("Publish a version with `softcue tune soft-prompt RECIPE` or `softcue prompts publish`.\n", flush=True)
         return
-    task = tasks[example].task
-    inputs = {field: _EXAMPLE_INPUTS.get(field, field) for field in task.inputs}
+    name, inputs = examples[0]
+    task = catalog.snapshot.tasks[name].task
     verb = "classify" if task.kind == "classify" else "generate"
-    body = json.dumps({"inputs": inputs})
-    content = next(
-        (message.content for message in task.render(inputs) if message.role == "user"), next(iter(inputs.values()))
-    )
+    body = shlex.quote(json.dumps({"inputs": inputs}))
+    messages = [message.model_dump() for message in task.render(inputs)]
     print(f"""
 Ask with curl:
-  curl -s {url}/v1/tasks/{example}/{verb} -H 'content-type: application/json' -d '{body}'
+  curl -s {url}/v1/tasks/{name}/{verb} -H 'content-type: application/json' -d {body}
 
 Ask with the openai client:
   from openai import OpenAI
   client = OpenAI(base_url="{url}/v1", api_key="none")
-  answer = client.chat.completions.create(
-      model="{example}", messages=[{{"role": "user", "content": {json.dumps(content)}}}]
-  )
+  answer = client.chat.completions.create(model="{name}", messages={messages!r})
   print(answer.choices[0].message.content)
 
 Health {url}/health/ready, metrics {url}/metrics, API description {url}/schema. Ctrl-C stops.
 """, flush=True)  # fmt: skip
 
 
-_EXAMPLE_INPUTS = {"message": "Where is my parcel? It should have been here on Monday."}
+def _sample_inputs(catalog: Catalog, task: str, digest: str) -> dict[str, str]:
+    """Inputs to show: a held-out row of the version's own report, or the fields' names where it has none."""
+    samples = (catalog.snapshot.versions[digest].report or {}).get("samples", [])
+    good = [sample for sample in samples if sample["answered"] == sample["expected"]]
+    fields = catalog.snapshot.tasks[task].task.inputs
+    for sample in [*good, *samples]:
+        if set(sample["inputs"]) == set(fields):
+            return dict(sample["inputs"])
+    return {field: field for field in fields}

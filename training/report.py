@@ -6,11 +6,12 @@ from typing import Any
 
 from training.checkpoint import Progress
 from training.dataset import Dataset
-from training.evaluate import Evaluation
+from training.evaluate import Answered, Evaluation
 from training.publish import Verdict
 from training.recipe import Recipe
 
 _SHOWN_MISTAKES = 10
+_SHOWN_SAMPLES = 5
 
 
 def build(
@@ -44,11 +45,13 @@ def build(
                 {"step": step, "validation": metric, "training_loss": loss} for step, metric, loss in progress.history
             ],
         },
-        "mistakes": [
-            {"inputs": row.example.inputs, "expected": row.example.answer, "answered": row.answer}
-            for row in candidate.mistakes(_SHOWN_MISTAKES)
-        ],
+        "samples": [_shown(row) for row in candidate.answers[:_SHOWN_SAMPLES]],
+        "mistakes": [_shown(row) for row in candidate.mistakes(_SHOWN_MISTAKES)],
     }
+
+
+def _shown(row: Answered) -> dict[str, Any]:
+    return {"inputs": row.example.inputs, "expected": row.example.answer, "answered": row.answer}
 
 
 def markdown(task_name: str, report: dict[str, Any], sentence: str) -> str:

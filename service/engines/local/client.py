@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from typing import Literal, cast
 
@@ -37,6 +36,7 @@ from service.engines.errors import (
     QueueFull,
     WrongBase,
 )
+from service.engines.local.known_prompts import KnownPrompts
 from service.engines.local.messages import (
     LENGTH_BYTES,
     Cancel,
@@ -44,9 +44,7 @@ from service.engines.local.messages import (
     Event,
     Output,
     Ready,
-    Register,
     Registered,
-    Release,
     Score,
     Scored,
     Shutdown,
@@ -62,7 +60,6 @@ from service.engines.local.process import Host
 log = logging.getLogger(__name__)
 
 _NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0)
-_KNOWN_PROMPTS = 1024
 _LONGEST_PAUSE_S = 10.0
 _STEADY_AFTER_S = 60.0
 _STOP_TIMEOUT_S = 5.0
@@ -92,9 +89,7 @@ class LocalEngine:
         self._writer: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._pending: dict[str, asyncio.Queue[_News]] = {}
-        self._known: OrderedDict[str, asyncio.Future[None]] = OrderedDict()
-        self._pinned: dict[str, SoftPromptReference] = {}
-        self._pinning: set[asyncio.Task[None]] = set()
+        self._prompts = KnownPrompts(self._send)
 
     async def start(self) -> None:
         """Start the engine and wait until it is ready. Raises BaseModelError when it refuses the base model."""
@@ -180,24 +175,12 @@ class LocalEngine:
     async def warm(self, soft_prompt: SoftPromptReference) -> None:
         """Compute a soft prompt's KV now and keep it until `release`, over restarts too."""
         self._check_base(soft_prompt)
-        self._pinned[soft_prompt.digest] = soft_prompt
         await self._wait_ready()
-        known = self._known.pop(soft_prompt.digest, None)
-        if known is not None and not known.done():
-            await asyncio.wait([known])
-        try:
-            await self._register(soft_prompt, pinned=True)
-        except EngineUnavailable:
-            raise
-        except EngineError:
-            self._pinned.pop(soft_prompt.digest, None)
-            raise
+        await self._prompts.pin(soft_prompt)
 
     async def release(self, digest: str) -> None:
         """Let a soft prompt go; running generations keep their copy of its KV."""
-        self._pinned.pop(digest, None)
-        if self._known.pop(digest, None) is not None:
-            self._send(Release(digest))
+        self._prompts.release(digest)
 
     def stats(self) -> EngineStats:
         stats = self._stats
@@ -248,21 +231,14 @@ class LocalEngine:
         self._idle.clear()
         try:
             await self._wait_ready()
-            while soft_prompt is not None and not self._has(soft_prompt.digest):
-                await self._register(soft_prompt, pinned=soft_prompt.digest in self._pinned)
+            if soft_prompt is not None:
+                await self._prompts.ensure(soft_prompt)
             if not news.empty() and isinstance(lost := news.get_nowait(), EngineError):
                 raise lost  # the engine was lost while we waited; what it was told is gone
         except BaseException:
             self._forget(request_id)
             raise
         return news
-
-    def _has(self, digest: str) -> bool:
-        known = self._known.get(digest)
-        if known is None or not known.done() or known.cancelled() or known.exception() is not None:
-            return False
-        self._known.move_to_end(digest)
-        return True
 
     async def _wait_ready(self) -> None:
         if self._closing:
@@ -277,38 +253,6 @@ class LocalEngine:
                 ) from None
         if self._refused is not None:
             raise EngineUnavailable(str(self._refused))
-
-    async def _register(self, soft_prompt: SoftPromptReference, *, pinned: bool) -> None:
-        """Bring a soft prompt to the engine, once for all who wait for it."""
-        digest = soft_prompt.digest
-        known = self._known.get(digest)
-        if known is None:
-            known = self._known[digest] = asyncio.get_running_loop().create_future()
-            try:
-                prompt = await asyncio.to_thread(soft_prompt.load)
-            except BaseException as error:
-                self._settle(digest, known, error if isinstance(error, Exception) else EngineUnavailable("cancelled"))
-                raise
-            if not known.done():
-                self._send(Register(digest, prompt.dtype, prompt.shape, prompt.data, pinned))
-                self._release_oldest()
-        await asyncio.shield(known)
-
-    def _settle(self, digest: str, known: asyncio.Future[None], error: BaseException | None) -> None:
-        if error is not None:
-            if self._known.get(digest) is known:
-                del self._known[digest]
-            if not known.done():
-                known.set_exception(error)
-                known.exception()  # seen: nobody may be waiting
-        elif not known.done():
-            known.set_result(None)
-
-    def _release_oldest(self) -> None:
-        spare = [digest for digest, known in self._known.items() if digest not in self._pinned and known.done()]
-        for digest in spare[: max(0, len(self._known) - _KNOWN_PROMPTS)]:
-            del self._known[digest]
-            self._send(Release(digest))
 
     def _leave(self, request_id: str) -> None:
         """Cancel what has not ended. The engine ignores ids that are done."""
@@ -379,35 +323,18 @@ class LocalEngine:
                         self._deliver(failure.id, GenerationFailed(failure.message), last=True)
                 case Registered():
                     self._stats = event.stats
-                    known = self._known.get(event.digest)
-                    if known is not None:
-                        error = GenerationFailed(event.error) if event.error is not None else None
-                        self._settle(event.digest, known, error)
+                    self._prompts.registered(event.digest, event.error)
                 case Ready():
                     self._stats = event.stats
                     self._ready.set()
-                    self._pin_again()
+                    self._prompts.engine_started()
                 case StartFailed():
                     self._refused = BaseModelError(event.message)
                     log.error("the engine cannot serve this base model: %s", event.message)
-
-    def _pin_again(self) -> None:
-        for soft_prompt in list(self._pinned.values()):
-            task = asyncio.create_task(self._pin_one_again(soft_prompt))
-            self._pinning.add(task)
-            task.add_done_callback(self._pinning.discard)
-
-    async def _pin_one_again(self, soft_prompt: SoftPromptReference) -> None:
-        try:
-            await self._register(soft_prompt, pinned=True)
-        except Exception:
-            log.exception("soft prompt %s could not be warmed after a restart", soft_prompt.digest[:12])
 
     def _lose(self) -> None:
         """The engine is gone: everyone who waits for it gets one retriable error."""
         self._ready.clear()
         self._stats = _NO_STATS
-        for digest, known in list(self._known.items()):
-            self._settle(digest, known, EngineUnavailable("the engine was lost; send the request again"))
-        self._known.clear()
+        self._prompts.engine_lost()
         self._fail_pending("the engine was lost while it worked on this; send the request again")
