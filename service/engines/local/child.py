@@ -16,7 +16,8 @@ from service.engines.local.options import EngineOptions
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the service drains us
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the service drains, then ends us
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="engine: %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     connection = socket.socket(fileno=int(sys.argv[1]))
     arguments = json.loads(sys.argv[2])
