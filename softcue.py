@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import typer
-from prompt_store.commands import app as prompts
 
+from prompt_store.commands import app as prompts
 from service.commands import serve
 from training.commands import app as tune
 
