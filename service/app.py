@@ -17,6 +17,7 @@ from prompt_store.bundle import load_bundle
 from prompt_store.database import Database
 from prompt_store.errors import StoreError
 from prompt_store.prompts.registry import Registry
+from prompt_store.routes import DEFAULT_ALIAS, DEFAULT_BACKEND
 from service.api.answers import ClientLeft, answer_client_left, answer_error, answer_http_error
 from service.api.openai import OpenAIController
 from service.api.operations import live, ready, scrape
@@ -52,14 +53,14 @@ def create_app(
     registry = Registry(database)
     registry.register_base(base.describe(), _SERVICE)
     if settings.store.seed is not None:
-        load_bundle(registry, settings.store.seed, "production", _SERVICE)
+        load_bundle(registry, settings.store.seed, DEFAULT_ALIAS, _SERVICE)
     local = engine or build_local(
         base,
         settings.engine.options(),
         max_waiting=settings.engine.max_waiting,
         ready_timeout_s=settings.engine.ready_timeout_s,
     )
-    engines = {"local": local}
+    engines = {DEFAULT_BACKEND: local}
     metrics = Metrics(engines)
     catalog = Catalog(
         database,

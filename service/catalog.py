@@ -23,14 +23,12 @@ from prompt_store.names import (
 )
 from prompt_store.prompts.registry import ChangeWatcher, Registry, StoreSnapshot, TaskRevision
 from prompt_store.prompts.version import PromptVersion, SoftPromptPayload
-from prompt_store.routes import DirectRoute
+from prompt_store.routes import DEFAULT_BACKEND, DirectRoute
 from service.engines.base import Engine, SoftPromptReference
 from service.engines.errors import EngineError, EngineUnavailable
 from service.routing.errors import NotServed
 
 log = logging.getLogger(__name__)
-
-DEFAULT_ALIAS = "production"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +167,7 @@ class Catalog:
         Raises NotFound (naming the nearest) or NotServed, InvalidName for text outside the grammar.
         """
         if model == self.base_name:
-            return Target(backend="local")
+            return Target(DEFAULT_BACKEND)
         name = parse_model_name(model)
         if isinstance(name, RemoteModel):
             raise NotServed(f"no backend here serves '{model}'; name a task: GET /v1/models lists them")

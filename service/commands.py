@@ -103,6 +103,8 @@ def _log_to_stderr() -> None:
 
 def _welcome(catalog: Catalog, host: str, port: int) -> None:
     """Print what is served, and how to ask for it with curl and with the openai client."""
+    from prompt_store.routes import DEFAULT_ALIAS
+
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     print(f"\nSoftcue serves on {url}, base model '{catalog.base_name}':")
     examples: list[tuple[str, dict[str, str]]] = []
@@ -111,8 +113,8 @@ def _welcome(catalog: Catalog, host: str, port: int) -> None:
         labels = {alias: catalog.snapshot.versions[digest].label for alias, digest in sorted(aliases.items())}
         served = ", ".join(f"{alias} = {label}" for alias, label in labels.items()) or "no version yet"
         print(f"  {name:20} {revision.task.kind:9} {served:18} {revision.task.description}")
-        if "production" in aliases:
-            examples.append((name, _sample_inputs(catalog, name, aliases["production"])))
+        if DEFAULT_ALIAS in aliases:
+            examples.append((name, _sample_inputs(catalog, name, aliases[DEFAULT_ALIAS])))
     if not examples:
         print("Publish a version with `softcue tune soft-prompt RECIPE` or `softcue prompts publish`.\n", flush=True)
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import hmac
 import json
 import secrets
@@ -26,9 +25,9 @@ class GenerationTag:
     at_ms: int
 
 
-def unit_hash(unit: str) -> str:
-    """The unit as records keep it: 64 bits of its SHA-256 in hex."""
-    return hashlib.sha256(unit.encode()).hexdigest()[:16]
+def unit_hash(unit: str, key: bytes) -> str:
+    """The unit as records keep it: 64 bits in hex that only the holder of the store's key can connect with it."""
+    return hmac.digest(key, b"unit:" + unit.encode(), "sha256").hex()[:16]
 
 
 def sign(tag: GenerationTag, key: bytes) -> str:

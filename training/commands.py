@@ -15,6 +15,8 @@ import typer
 if TYPE_CHECKING:
     from training.run import Event, Finished, Started
 
+_NAMED_ROWS = 20
+
 app = typer.Typer(help="Tune soft prompts and publish them.", no_args_is_help=True)
 
 
@@ -147,7 +149,7 @@ class _Display:
             f"{event.task.name}: {len(dataset.train)} rows to train on, {len(dataset.validation)} to validate, "
             f"{len(dataset.test)} held out; base '{event.base.name}'; run in {event.folder}"
         )
-        for line in dataset.findings.lines():
+        for line in dataset.findings.lines(_NAMED_ROWS):
             self._console.print(line, style="yellow", markup=False)
         if event.resumed_at:
             self._console.print(f"Resumed from the checkpoint of step {event.resumed_at}.")

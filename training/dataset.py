@@ -61,12 +61,13 @@ class Findings:
     duplicates: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
 
-    def lines(self) -> list[str]:
-        """What a person should know, a line each."""
+    def lines(self, named: int | None = None) -> list[str]:
+        """What a person should know, a line each, with all rows named or the first `named`."""
         found = []
         for name, rows in (("stand there twice and are used once", self.duplicates), ("do not fit", self.too_long)):
             if rows:
-                found.append(f"{len(rows)} rows {name}: {'; '.join(rows)}")
+                more = "; …" if named is not None and len(rows) > named else ""
+                found.append(f"{len(rows)} rows {name}: {'; '.join(rows[:named])}{more}")
         return found
 
 
@@ -216,8 +217,8 @@ def _use(file: Path, rows: int) -> DatasetUse:
 
 
 def batches(rows: int, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
-    """Row indices of step `start`, `start + 1`, …: each epoch a new order, a function of seed and step alone."""
-    per_epoch = max(1, rows // batch_size)
+    """Row indices of step `start`, `start + 1`, …: each epoch every row once, in an order that seed and epoch give."""
+    per_epoch = -(-rows // batch_size)
     step = start
     order: list[int] = []
     while True:

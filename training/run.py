@@ -21,6 +21,7 @@ from prompt_store.prompts.registry import Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Message, Task, load_task
 from prompt_store.prompts.version import PromptVersion, Provenance, SoftPromptPayload
+from prompt_store.routes import DEFAULT_ALIAS
 from service.engines.base_model import BaseModel, open_base_model
 from service.engines.local.model_runner import embedding_matrix, load_weights
 from training import checkpoint, report
@@ -191,7 +192,7 @@ def _production(registry: Registry, task: Task, base: BaseModel) -> PromptVersio
     if task.name not in {revision.task.name for revision in registry.tasks()}:
         return None
     try:
-        version = registry.version(task.name, "production")
+        version = registry.version(task.name, DEFAULT_ALIAS)
     except UnknownAlias:
         return None
     payload = version.payload

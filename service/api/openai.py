@@ -15,7 +15,7 @@ from prompt_store.prompts.version import PromptVersion
 from service.api.answers import DONE, EventStream, event, unless_disconnected
 from service.api.callers import caller_of
 from service.api.openai_shapes import ChatCompletionBody, CompletionBody, OpenAIBody
-from service.catalog import DEFAULT_ALIAS, Catalog, Target
+from service.catalog import Catalog, Target
 from service.engines.base import Finish, GenerationEvent, GenerationRequest, Prompt, RawText, TokenIds, Usage
 from service.engines.errors import UnsupportedFeature
 from service.routing.execute import Router
@@ -195,7 +195,7 @@ def _models(catalog: Catalog) -> list[dict[str, Any]]:
             serving = None  # no version has the default alias yet
         if serving is not None:
             root = f"{task}@{serving.label}"
-            entries.append(_entry(task, created, root=root, parent=catalog.base_name, alias=DEFAULT_ALIAS))
+            entries.append(_entry(task, created, root=root, parent=catalog.base_name))
         for version in catalog.versions(task):
             label = f"{task}@{version.label}"
             made = int(version.created_at.timestamp())

@@ -45,7 +45,11 @@ class Record:
         now = time.time()
         self.created_s = int(now)
         tag = GenerationTag(
-            self.labels.task, self.version_digest[:16], self.labels.arm, unit_hash(self.caller.unit), int(now * 1000)
+            self.labels.task,
+            self.version_digest[:16],
+            self.labels.arm,
+            unit_hash(self.caller.unit, self.signing_key),
+            int(now * 1000),
         )
         self.id = sign(tag, self.signing_key)
 

@@ -8,7 +8,7 @@ from service.generation_ids import GenerationTag, sign, unit_hash, verify
 from service.routing.errors import UnknownGeneration
 
 KEY = b"k" * 32
-TAG = GenerationTag("support_intents", "ab" * 8, "b", unit_hash("user 7"), 1_795_000_000_000)
+TAG = GenerationTag("support_intents", "ab" * 8, "b", unit_hash("user 7", KEY), 1_795_000_000_000)
 
 
 def test_an_id_says_what_the_generation_was_with_or_without_openais_prefix() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +12,7 @@ from litestar.testing import AsyncTestClient
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
-from service.engines.base_model import BaseModel
-from service.engines.scripted import ScriptedEngine
 from tests.conftest import shared_file
-from tests.service.serving import client_of, filled
 
 
 def nullable(schema: Any) -> Any:
@@ -35,12 +30,6 @@ def contract() -> Registry[Any]:
     file = shared_file("contracts", "openai-openapi.yaml")
     document = nullable(yaml.load(file.read_text("utf-8"), Loader=yaml.CSafeLoader))
     return Registry().with_resource("urn:openai", Resource(contents=document, specification=DRAFT202012))
-
-
-@pytest.fixture
-async def client(tmp_path: Path, base: BaseModel) -> AsyncIterator[AsyncTestClient[Any]]:
-    async with client_of(filled(tmp_path, base), ScriptedEngine()) as client:
-        yield client
 
 
 def check(contract: Registry[Any], schema: str, body: Any) -> None:

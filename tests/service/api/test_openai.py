@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,29 +11,12 @@ from prompt_store.prompts.registry import BaseDescription, NewVersion
 from prompt_store.prompts.task import Message
 from prompt_store.prompts.version import TextPayload
 from service.engines.base import Messages, RawText, TokenIds
-from service.engines.base_model import BaseModel
 from service.engines.errors import GenerationFailed, QueueFull
 from service.engines.scripted import ScriptedEngine
 from tests.conftest import random_prompt
-from tests.service.serving import Store, client_of, filled
+from tests.service.serving import Store, client_of
 
 HELLO = [{"role": "user", "content": "hello big world"}]
-
-
-@pytest.fixture
-def store(tmp_path: Path, base: BaseModel) -> Store:
-    return filled(tmp_path, base)
-
-
-@pytest.fixture
-def engine() -> ScriptedEngine:
-    return ScriptedEngine()
-
-
-@pytest.fixture
-async def client(store: Store, engine: ScriptedEngine) -> AsyncIterator[AsyncTestClient[Any]]:
-    async with client_of(store, engine) as client:
-        yield client
 
 
 async def chat(client: AsyncTestClient[Any], model: str = "intents", **body: Any) -> Any:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,26 +9,9 @@ from litestar.testing import AsyncTestClient
 from prompt_store.prompts.task import Message
 from prompt_store.prompts.version import TextPayload
 from service.engines.base import Messages
-from service.engines.base_model import BaseModel
 from service.engines.scripted import ScriptedEngine
 from service.generation_ids import unit_hash, verify
-from tests.service.serving import Store, client_of, filled
-
-
-@pytest.fixture
-def store(tmp_path: Path, base: BaseModel) -> Store:
-    return filled(tmp_path, base)
-
-
-@pytest.fixture
-def engine() -> ScriptedEngine:
-    return ScriptedEngine()
-
-
-@pytest.fixture
-async def client(store: Store, engine: ScriptedEngine) -> AsyncIterator[AsyncTestClient[Any]]:
-    async with client_of(store, engine) as client:
-        yield client
+from tests.service.serving import Store, client_of
 
 
 async def post(client: AsyncTestClient[Any], path: str, **body: Any) -> Any:
@@ -49,9 +30,10 @@ async def test_a_generation_id_is_signed_and_names_task_version_and_unit(
     client: AsyncTestClient[Any], store: Store
 ) -> None:
     body = (await post(client, "copy/generate", inputs={"product": "p", "colour": "c"}, unit="user 7")).json()
-    tag = verify(body["id"], store.registry.database.signing_key())
+    key = store.registry.database.signing_key()
+    tag = verify(body["id"], key)
     version = store.registry.version("copy", "v1")
-    assert (tag.task, tag.version, tag.unit_hash) == ("copy", version.digest[:16], unit_hash("user 7"))
+    assert (tag.task, tag.version, tag.unit_hash) == ("copy", version.digest[:16], unit_hash("user 7", key))
 
 
 async def test_a_stream_ends_with_the_whole_answers_tail(client: AsyncTestClient[Any]) -> None:
