@@ -101,8 +101,7 @@ class Catalog:
                 changed = await asyncio.to_thread(self._watcher.poll)
                 if changed or pending:
                     pending = True
-                    await self._refresh()
-                    pending = False
+                    pending = not await self._refresh()
                 if failing:
                     log.warning("the store can be read again")
                     failing = False
@@ -112,13 +111,17 @@ class Catalog:
                     log.error("the store cannot be read, serving what is known: %s", error)
                     failing = True
 
-    async def _refresh(self) -> None:
+    async def _refresh(self) -> bool:
+        """Read, warm, swap. False when the engine was away, so that something is left to be warmed."""
+        complete = True
         snapshot = await asyncio.to_thread(self._registry.snapshot)
         wanted = self._to_warm(snapshot)
         for digest, version in wanted.items():
             if digest not in self._warmed:
                 try:
                     await self._engine.warm(self.reference(version))
+                except EngineUnavailable:
+                    complete = False
                 except (EngineError, StoreError) as error:
                     self._on_failure()
                     log.error("%s@%s cannot be warmed: %s", version.task, version.label, error)
@@ -132,6 +135,7 @@ class Catalog:
         for digest in self._warmed - set(wanted):
             await self._engine.release(digest)
         self._warmed &= set(wanted)
+        return complete
 
     def _to_warm(self, snapshot: StoreSnapshot) -> dict[str, PromptVersion]:
         """Soft prompts that an alias points at and that this base can serve, by tensor digest."""

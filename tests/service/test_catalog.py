@@ -132,6 +132,25 @@ async def test_a_version_that_cannot_be_warmed_is_counted_and_others_are_served(
         assert catalog.resolve("intents").label == "intents@v1"
 
 
+async def test_what_an_absent_engine_could_not_warm_is_warmed_when_it_is_back(store: Store) -> None:
+    class Away(ScriptedEngine):
+        refusals = 2
+
+        async def warm(self, soft_prompt: SoftPromptReference) -> None:
+            if catalogs and self.refusals:
+                self.refusals -= 1
+                raise EngineUnavailable("restarting")
+            await super().warm(soft_prompt)
+
+    catalogs: list[Catalog] = []
+    engine, prompt = Away(), random_prompt(2, 4)
+    async with following(store, engine) as (catalog, refreshes):
+        catalogs.append(catalog)
+        store.publish("intents", prompt)
+        await refreshes.until(lambda: engine.warmed == {prompt.digest})
+        assert (engine.refusals, catalog.resolve("intents").label) == (0, "intents@v2")
+
+
 async def test_a_store_that_cannot_be_read_leaves_the_last_snapshot_and_is_tried_again(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
