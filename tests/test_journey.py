@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
@@ -76,8 +79,15 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    log = tmp_path / "server.log"
+    """A server with an empty store."""
     arguments = ["serve", "--port", "0", "--store", str(tmp_path / "store.db"), "--base", str(BASE_FOLDER)]
+    with running(arguments, tmp_path / "server.log") as server:
+        yield server
+
+
+@contextmanager
+def running(arguments: list[str], log: Path) -> Iterator[Server]:
+    """A ready server; whatever is left of it at the end is killed."""
     with log.open("w") as output:
         process = start(arguments, output)
         try:
@@ -94,6 +104,29 @@ def server(tmp_path: Path) -> Iterator[Server]:
             if process.poll() is None:
                 process.kill()
             process.wait()
+
+
+def test_what_the_example_server_prints_works_as_printed(tmp_path: Path) -> None:
+    config = BASE_FOLDER.parent / "softcue.toml"
+    arguments = ["serve", "--config", str(config), "--port", "0", "--store", str(tmp_path / "store.db")]
+    log = tmp_path / "server.log"
+    with running(arguments, log) as server:
+        printed = eventually(log.read_text, lambda text: "Ctrl-C stops" in text)
+        for task in ("support_intents", "product_copy", "data_questions"):
+            assert re.search(rf"{task} .*production = v1", printed)
+        curl = re.search(r"^  curl -s (\S+) -H '(\S+): (\S+)' -d (.*)$", printed, re.MULTILINE)
+        assert curl
+        url, header, value, body = curl.groups()
+        answer = httpx.post(url, headers={header: value}, content=shlex.split(body)[0]).json()
+        snippet = re.search(r"openai client:\n((?:  .*\n)+)", printed)
+        assert snippet
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(snippet[1])], capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip() == answer["label"]
+        served = server.client.models.list().data
+        assert {"demo-base", "support_intents", "product_copy@v1"} <= {model.id for model in served}
 
 
 def start(arguments: list[str], output: IO[str]) -> subprocess.Popen[str]:
