@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from litestar import Litestar
+from litestar.datastructures import State
 from litestar.di import Provide
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
@@ -44,6 +45,7 @@ def create_app(
 ) -> Litestar:
     """The service. Opens base model and store at once; the engine starts with the application, in the background.
 
+    `app.state.drain` begins the stop: await it before open connections are cut.
     `engine` stands in for the local engine that the settings describe, for tests and demonstrations.
     `on_ready` is called when requests are answered, `on_fatal` when they never will be.
     Raises EngineError and StoreError for a base model or a store that cannot be used.
@@ -92,10 +94,15 @@ def create_app(
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-            await local.close(settings.server.drain_s)
+            await drain()
             await asyncio.to_thread(database.close)
 
+    async def drain() -> None:
+        """Let running requests end within the grace; those beyond it end in an error. The first step of stopping."""
+        await local.close(settings.server.drain_s)
+
     return Litestar(
+        state=State({"drain": drain}),
         route_handlers=[OpenAIController, TaskController, live, ready, scrape],
         dependencies={
             "catalog": Provide(lambda: catalog, sync_to_thread=False),

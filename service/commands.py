@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shlex
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from service.catalog import Catalog
 
 Option = typer.Option
+
+# Between the end of the grace and cutting connections: time to write the last event.
+_LAST_WORDS_S = 5
 
 
 def serve(
@@ -35,6 +40,13 @@ def serve(
     from service.app import create_app
     from service.engines.errors import EngineError
     from service.settings import SettingsError, load_settings
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """Ask the engine to finish first: at the end of the grace, streams get their error before they are cut."""
+            draining = asyncio.create_task(app.state.drain())
+            await super().shutdown(sockets)
+            await draining
 
     given: dict[str, dict[str, Any]] = {
         "server": {"host": host, "port": port},
@@ -56,15 +68,16 @@ def serve(
             server.should_exit = True
 
         app = create_app(settings, on_ready=lambda catalog: _welcome(catalog, address[0], address[1]), on_fatal=failed)
-        server = uvicorn.Server(
+        server = Server(
             uvicorn.Config(
                 app,
                 lifespan="on",
                 log_config=None,
                 access_log=False,
-                timeout_graceful_shutdown=max(1, round(settings.server.drain_s)),
+                timeout_graceful_shutdown=round(settings.server.drain_s) + _LAST_WORDS_S,
             )
         )
+        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn handles it, then raises it again for whoever was there
         print(f"softcue: starting on http://{address[0]}:{address[1]}", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
     except (SettingsError, StoreError, EngineError, OSError) as error:

@@ -29,9 +29,6 @@ class Labels:
         return (self.task, self.version, self.arm, self.backend)
 
 
-UNROUTED = Labels("", "", "", "")
-
-
 class Metrics:
     """The instruments, in a registry of their own."""
 

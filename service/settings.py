@@ -90,9 +90,13 @@ def load_settings(
                 document[section][key] = str(file.parent / Path(value).expanduser())
     environment = os.environ if environment is None else environment
     for section, model in _sections().items():
-        for key in model.model_fields:
-            name = f"SOFTCUE_{section}_{key}".upper()
-            if name in environment:
+        prefix = f"SOFTCUE_{section}_".upper()
+        for name in environment:
+            key = name.removeprefix(prefix).lower()
+            if name.startswith(prefix) and key not in model.model_fields:
+                known = [prefix + field.upper() for field in model.model_fields]
+                raise SettingsError(f"there is no setting {name}{_nearest(name, known)}")
+            if name.startswith(prefix):
                 document.setdefault(section, {})[key] = environment[name]
     for section, values in (overrides or {}).items():
         document.setdefault(section, {}).update(values)

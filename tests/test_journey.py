@@ -235,6 +235,23 @@ def test_tune_publish_serve_stream_roll_back_and_survive(server: Server, tmp_pat
     assert not Path(f"/proc/{engine}").exists()
 
 
+def test_a_stream_beyond_the_grace_ends_in_an_error_not_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOFTCUE_SERVER_DRAIN_S", "0.2")
+    arguments = ["serve", "--port", "0", "--store", str(tmp_path / "store.db"), "--base", str(BASE_FOLDER)]
+    with running(arguments, tmp_path / "server.log") as server:
+        stream = server.client.completions.create(
+            model="base", prompt="The house stood", max_tokens=900, temperature=0, stream=True
+        )
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="the service is stopping"):
+            list(stream)
+        assert server.process.wait(30) == 0
+        assert "Traceback" not in server.log.read_text()
+
+
 def test_a_port_in_use_and_a_missing_base_are_told_apart_with_remedies(server: Server, tmp_path: Path) -> None:
     port = server.url.rpartition(":")[2]
     taken = softcue("serve", "--port", port, "--store", tmp_path / "s.db", "--base", BASE_FOLDER, code=1)

@@ -16,13 +16,17 @@ from training.errors import CheckpointError
 
 @dataclass
 class Progress:
-    """How far a run has come. `history` holds (step, validation metric, mean training loss since the last)."""
+    """How far a run has come.
+
+    `history` holds (step, validation metric, mean training loss since the last), `losses` those since the last of it.
+    """
 
     step: int = 0
     best_step: int = 0
     best_metric: float | None = None
     stale: int = 0
     elapsed_s: float = 0.0
+    losses: list[float] = field(default_factory=list)
     history: list[tuple[int, float, float]] = field(default_factory=list)
 
 
@@ -45,11 +49,11 @@ def load(file: Path, key: str) -> tuple[Progress, dict[str, Tensor]] | None:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-        progress = json.loads(metadata["progress"])
         found = metadata["key"]
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        progress = Progress(**json.loads(metadata["progress"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"checkpoint {file} is damaged ({error}); delete it to start again") from error
     if found != key:
         raise CheckpointError(f"checkpoint {file} belongs to another recipe, data or base; delete it to start again")
-    progress["history"] = [tuple(entry) for entry in progress["history"]]
-    return Progress(**progress), tensors
+    progress.history = [(step, metric, loss) for step, metric, loss in progress.history]
+    return progress, tensors

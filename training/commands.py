@@ -29,7 +29,7 @@ def tune() -> None:
 def soft_prompt(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file.")],
     store: Annotated[str, typer.Option(help="The prompt store.", envvar="SOFTCUE_STORE_URL")] = ".softcue/softcue.db",
-    runs: Annotated[Path, typer.Option(help="Where checkpoints and reports are kept.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(help="Where checkpoints and reports go.", envvar="SOFTCUE_RUNS")] = Path("runs"),
     save_to: Annotated[
         Path | None, typer.Option(help="Also copy prompt.safetensors and report.json here.", show_default=False)
     ] = None,

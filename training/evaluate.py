@@ -56,7 +56,7 @@ class Evaluation:
 
 
 def metric_names(task: Task) -> list[str]:
-    """The task's metrics. Raises RecipeError for one that no scorer here computes."""
+    """The metrics that a task is evaluated by. Raises RecipeError for one that no scorer here computes."""
     names = [metric.name for metric in task.metrics] or ["accuracy" if task.kind == "classify" else "exact_match"]
     for name in names:
         if name not in SCORERS:

@@ -52,8 +52,8 @@ class Optimiser:
             value = float(loss.detach())
             if not (math.isfinite(value) and math.isfinite(float(norm))):
                 raise Diverged(
-                    f"the loss is {value} at step {self.step + 1}; lower optimise.learning_rate "
-                    f"(it is {recipe.learning_rate}) or raise optimise.warmup_steps"
+                    f"the loss is {value} and its gradient's norm {float(norm)} at step {self.step + 1}; lower "
+                    f"optimise.learning_rate (it is {recipe.learning_rate}) or raise optimise.warmup_steps"
                 )
             self._adamw.step()
             self.step += 1

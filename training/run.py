@@ -15,18 +15,20 @@ from torch import Tensor
 from prompt_store.access import Principal
 from prompt_store.canonical import canonical_digest
 from prompt_store.errors import UnknownAlias
+from prompt_store.names import check_alias
 from prompt_store.prompts.artifact import Artifact, write_artifact
 from prompt_store.prompts.publishing import Published
 from prompt_store.prompts.registry import Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Message, Task, load_task
-from prompt_store.prompts.version import PromptVersion, Provenance, SoftPromptPayload
+from prompt_store.prompts.version import PromptVersion, Provenance, SoftPromptPayload, TextPayload
 from prompt_store.routes import DEFAULT_ALIAS
 from service.engines.base_model import BaseModel, open_base_model
 from service.engines.local.model_runner import embedding_matrix, load_weights
 from training import checkpoint, report
 from training.checkpoint import Progress
 from training.dataset import Dataset, load_dataset, tokenise
+from training.errors import RecipeError
 from training.evaluate import Evaluation, Evaluator, metric_names
 from training.initialise import initial_prompt
 from training.optimise import Optimiser, Step
@@ -94,7 +96,7 @@ def tune_soft_prompt(
     """
     base = open_base_model(recipe.path(recipe.base))
     task = load_task(recipe.path(recipe.task))
-    metric_names(task)
+    _check(recipe, task)
     dataset = load_dataset(recipe, task, base)
     key = canonical_digest(
         {
@@ -105,6 +107,12 @@ def tune_soft_prompt(
         }
     )
     folder = runs / f"{task.name}-{key[:12]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            f"runs cannot be kept in {runs}: {error.strerror}; name another folder with --runs"
+        ) from error
     model = load_weights(base, attention_implementation=_TRAINING_ATTENTION)
     start = initial_prompt(recipe, task, base, embedding_matrix(model))
     optimiser = Optimiser(model, start, recipe.optimise)
@@ -119,12 +127,11 @@ def tune_soft_prompt(
             )
 
         started_s = time.perf_counter() - progress.elapsed_s
-        losses: list[float] = []
         metric = recipe.gate.metric
         model.set_attn_implementation(_TRAINING_ATTENTION)
         steps = iter(()) if progress.stale >= recipe.optimise.patience else optimiser.steps(rows)
         for step in steps:
-            losses.append(step.loss)
+            progress.losses.append(step.loss)
             yield step
             progress.step, progress.elapsed_s = step.number, time.perf_counter() - started_s
             last = step.number == recipe.optimise.max_steps
@@ -133,8 +140,8 @@ def tune_soft_prompt(
                 value = evaluator.soft_prompt(prompt, dataset.validation).metrics[metric]
                 model.set_attn_implementation(_TRAINING_ATTENTION)
                 better = progress.best_metric is None or gain(task, metric, value, progress.best_metric) > 0
-                progress.history.append((step.number, value, sum(losses) / len(losses)))
-                losses.clear()
+                progress.history.append((step.number, value, sum(progress.losses) / len(progress.losses)))
+                progress.losses.clear()
                 if better:
                     best = optimiser.prompt.detach().clone()
                     progress.best_metric, progress.best_step, progress.stale = value, step.number, 0
@@ -150,8 +157,20 @@ def tune_soft_prompt(
                 yield Interrupted(step.number, folder / "checkpoint.safetensors")
                 return
         evaluations, reference = _evaluate(evaluator, registry, recipe, task, base, dataset, _stored(best, recipe))
+        if should_stop():
+            save()
+            yield Interrupted(progress.step, folder / "checkpoint.safetensors")
+            return
     verdict = judge(recipe.gate, task, evaluations["soft prompt"].metrics, evaluations[reference].metrics, reference)
     yield _finish(recipe, registry, task, base, dataset, progress, evaluations, verdict, best, folder, principal)
+
+
+def _check(recipe: Recipe, task: Task) -> None:
+    """What would otherwise be found out after the training. Raises RecipeError or InvalidName."""
+    known = metric_names(task)
+    if recipe.gate.metric not in known:
+        raise RecipeError(f"gate.metric '{recipe.gate.metric}' is not among the task's metrics: {', '.join(known)}")
+    check_alias(recipe.publish.alias)
 
 
 def _resume(file: Path, key: str, optimiser: Optimiser) -> tuple[Progress, Tensor]:
@@ -179,25 +198,30 @@ def _evaluate(
         "text prompt": evaluator.plain(dataset.test, text_prompt),
     }
     reference = "text prompt"
-    production = _production(registry, task, base)
-    if production is not None:
+    production = _production(registry, task)
+    payload = production.payload if production is not None else None
+    if production is not None and isinstance(payload, TextPayload):
         reference = f"production ({production.label})"
-        evaluations[reference] = evaluator.soft_prompt(registry.soft_prompt(production.digest), dataset.test)
+        evaluations[reference] = evaluator.plain(dataset.test, payload.messages)
+    elif production is not None and isinstance(payload, SoftPromptPayload):
+        if payload.base_fingerprint == base.fingerprint:
+            reference = f"production ({production.label})"
+            evaluations[reference] = evaluator.soft_prompt(registry.soft_prompt(production.digest), dataset.test)
+        else:
+            reference = f"text prompt (production, {production.label}, is for another base)"
+            evaluations[reference] = evaluations.pop("text prompt")
     evaluations["soft prompt"] = evaluator.soft_prompt(prompt, dataset.test)
     return evaluations, reference
 
 
-def _production(registry: Registry, task: Task, base: BaseModel) -> PromptVersion | None:
-    """The soft prompt in production on this base, if there is one."""
+def _production(registry: Registry, task: Task) -> PromptVersion | None:
+    """The version in production, if there is one."""
     if task.name not in {revision.task.name for revision in registry.tasks()}:
         return None
     try:
-        version = registry.version(task.name, DEFAULT_ALIAS)
+        return registry.version(task.name, DEFAULT_ALIAS)
     except UnknownAlias:
         return None
-    payload = version.payload
-    fits = isinstance(payload, SoftPromptPayload) and payload.base_fingerprint == base.fingerprint
-    return version if fits else None
 
 
 def _finish(
@@ -223,7 +247,6 @@ def _finish(
         run_as=f"float32 on {torch.get_default_device()}",
     )
     document = report.build(recipe, dataset, progress, evaluations, verdict)
-    folder.mkdir(parents=True, exist_ok=True)
     report_file, prompt_file = folder / "report.json", folder / "prompt.safetensors"
     report_file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
     (folder / "report.md").write_text(report.markdown(task.name, document, verdict.sentence()), "utf-8")

@@ -8,6 +8,8 @@ from typing import Any
 
 from training.dataset import Example
 
+_NOT_JSON = object()
+
 Scorer = Callable[[Example, str], float]
 
 
@@ -21,7 +23,7 @@ def exact_match(example: Example, answer: str) -> float:
 
 def json_validity(_: Example, answer: str) -> float:
     """1 when the answer is JSON."""
-    return float(_json(answer) is not None)
+    return float(_json(answer) is not _NOT_JSON)
 
 
 def field_coverage(example: Example, answer: str) -> float:
@@ -44,4 +46,4 @@ def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        return None
+        return _NOT_JSON

@@ -46,8 +46,8 @@ class OpenAIController(Controller):
             id="",
             prompt=router.chat_prompt(target, messages),
             sampling=data.sampling(router.sampling_defaults(target)),
-            n=data.n or 1,
-            logprobs=(data.top_logprobs or 0) if data.logprobs else None,
+            n=1 if data.n is None else data.n,
+            logprobs=(data.top_logprobs or 0) if data.logprobs or data.top_logprobs is not None else None,
             response_format=data.format(),
             tools=tuple(data.tools or ()),
         )
@@ -66,9 +66,9 @@ class OpenAIController(Controller):
         target = catalog.resolve(data.model)
         asked = GenerationRequest(
             id="",
-            prompt=_raw_prompt(data.prompt),
+            prompt=router.raw_prompt(target, _raw_prompt(data.prompt)),
             sampling=data.sampling(router.sampling_defaults(target)),
-            n=data.n or 1,
+            n=1 if data.n is None else data.n,
             logprobs=data.logprobs,
             echo=bool(data.echo),
         )

@@ -46,6 +46,8 @@ class ChatMessage(_Body):
         where = f"messages[{index}]"
         if self.role in ("tool", "function") or self.tool_calls or self.function_call or self.audio:
             raise UnsupportedFeature(f"{where} uses tools or audio, which {_NOT_SERVED_YET}", parameter="messages")
+        if self.name is not None:
+            raise UnsupportedFeature(f"{where} has a name, which {_NOT_SERVED_YET}", parameter="messages")
         if self.content is None:
             raise InvalidRequest(f"{where} has no content; give its text", parameter="messages")
         text = self.content if isinstance(self.content, str) else "".join(self._texts(where))
@@ -160,6 +162,8 @@ class ChatCompletionBody(OpenAIBody):
 
     def check(self) -> None:
         """Raise UnsupportedFeature for parameters that no backend here knows in any form."""
+        if self.tool_choice not in (None, "none", "auto"):
+            raise UnsupportedFeature(f"tool_choice {_NOT_SERVED_YET}", parameter="tool_choice")
         refuse(
             self,
             {

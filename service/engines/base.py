@@ -17,6 +17,7 @@ from service.engines.errors import InvalidRequest, UnsupportedFeature
 
 FinishReason = Literal["stop", "length"]
 MAX_STOP_STRINGS = 16
+_MANY = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,10 @@ class Sampling:
     def check(self) -> None:
         """Raise InvalidRequest for the first value that is out of its range."""
         checks = (
-            (self.max_tokens >= 1, "max_tokens", "at least 1"),
+            (1 <= self.max_tokens < _MANY, "max_tokens", f"at least 1 and below {_MANY}"),
             (0.0 <= self.temperature <= 2.0, "temperature", "between 0 and 2"),
             (0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1"),
-            (self.top_k >= 0, "top_k", "0 (off) or more"),
+            (0 <= self.top_k < _MANY, "top_k", f"0 (off) or more, below {_MANY}"),
             (self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer"),
             (len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings"),
             (all(self.stop), "stop", "strings that are not empty"),
@@ -227,6 +228,7 @@ def required_features(request: GenerationRequest) -> dict[str, str]:
         "echo": (request.echo, "echo"),
         "structured_output": (request.response_format.kind != "text", "response_format"),
         "tools": (bool(request.tools), "tools"),
+        "remote_model": (request.remote_model is not None, "model"),
         "deadline": (request.deadline_s is not None, "deadline_s"),
         "min_p": (sampling.min_p != 0.0, "min_p"),
         "min_tokens": (sampling.min_tokens != 0, "min_tokens"),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 
 from prompt_store.prompts.task import Message, render_messages
+from prompt_store.prompts.template import template_fields
 from prompt_store.prompts.version import SoftPromptPayload, TextPayload
 from service.catalog import Catalog, Target
 from service.engines.base import (
@@ -65,12 +66,29 @@ class Router:
         )
 
     def chat_prompt(self, target: Target, messages: tuple[Message, ...]) -> Messages:
-        """A conversation as it is; a version that is a text prompt puts its instructions before it."""
+        """A conversation as it is; a version that is a text prompt stands before it, its last turn left to the caller.
+
+        Raises UnsupportedFeature for a text prompt whose other turns have placeholders: only inputs can fill them.
+        """
         payload = target.version.payload if target.version is not None else None
-        if isinstance(payload, TextPayload):
-            instructions = tuple(message for message in payload.messages if message.role == "system")
-            return Messages(instructions + messages)
-        return Messages(messages)
+        if not isinstance(payload, TextPayload):
+            return Messages(messages)
+        before = payload.messages
+        if before[-1].role == "user":
+            before = before[:-1]
+        if template_fields(before):
+            raise UnsupportedFeature(
+                f"{target.label} is a text prompt with placeholders; ask it with inputs at /v1/tasks", parameter="model"
+            )
+        return Messages((*render_messages(before, {}), *messages))
+
+    def raw_prompt(self, target: Target, prompt: Prompt) -> Prompt:
+        """Raw text as it is. Raises UnsupportedFeature for a text prompt, which has no place in it."""
+        if target.version is not None and isinstance(target.version.payload, TextPayload):
+            raise UnsupportedFeature(
+                f"{target.label} is a text prompt; ask it at /v1/chat/completions or /v1/tasks", parameter="model"
+            )
+        return prompt
 
     def task_prompt(self, target: Target, inputs: Mapping[str, str]) -> Messages:
         """Inputs through the task's template, or through the version's own where it is a text prompt."""
@@ -141,14 +159,15 @@ class Router:
         return engine
 
     def _soft_prompt(self, target: Target) -> SoftPromptReference | None:
-        if target.version is None or isinstance(target.version.payload, TextPayload):
+        if target.version is None:
             return None
-        if isinstance(target.version.payload, SoftPromptPayload):
-            return self._catalog.reference(target.version)
-        raise UnsupportedFeature(
-            f"{target.label} is of kind '{target.version.payload.kind}'; backend '{target.backend}' does not serve it",
-            parameter="model",
-        )
+        payload = target.version.payload
+        if payload.kind not in self._engine(target).capabilities().payload_kinds:
+            raise UnsupportedFeature(
+                f"{target.label} is of kind '{payload.kind}'; backend '{target.backend}' does not serve it",
+                parameter="model",
+            )
+        return self._catalog.reference(target.version) if isinstance(payload, SoftPromptPayload) else None
 
 
 def normalise(log_probabilities: tuple[float, ...]) -> list[float]:

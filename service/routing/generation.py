@@ -58,8 +58,8 @@ class Record:
         if self._first_token_s is None:
             self._first_token_s = time.perf_counter() - self.caller.started_s
 
-    def end(self, outcome: str, usage: Usage | None) -> None:
-        """Write the request down; later calls change nothing."""
+    def end(self, outcome: str, usage: Usage | None, completion_tokens: int = 0) -> None:
+        """Write the request down; later calls change nothing. Without usage, so many tokens had been made."""
         if self._ended:
             return
         self._ended = True
@@ -71,7 +71,8 @@ class Record:
             self.metrics.time_to_first_token.labels(*values).observe(self._first_token_s)
         if usage is not None:
             self.metrics.prompt_tokens.labels(*values).inc(usage.prompt_tokens)
-            self.metrics.completion_tokens.labels(*values).inc(usage.completion_tokens)
+            completion_tokens = usage.completion_tokens
+        self.metrics.completion_tokens.labels(*values).inc(completion_tokens)
         line = {
             "id": self.id,
             "task": self.labels.task,
@@ -81,7 +82,7 @@ class Record:
             "principal": self.caller.principal.name,
             "outcome": outcome,
             "prompt_tokens": usage.prompt_tokens if usage else None,
-            "completion_tokens": usage.completion_tokens if usage else None,
+            "completion_tokens": completion_tokens,
             "milliseconds": round(elapsed_s * 1000, 1),
         }
         log.info(json.dumps(line, separators=(",", ":")))
@@ -127,7 +128,7 @@ class Generation:
             outcome = "error"
             raise
         finally:
-            self.record.end(outcome, usage or Usage(0, made))
+            self.record.end(outcome, usage, made)
 
     async def aclose(self) -> None:
         """End it, wherever it stands: the engine frees what it held. Closing twice changes nothing."""

@@ -42,6 +42,11 @@ def test_a_mistake_is_named_with_its_remedy(tmp_path: Path, text: str, said: str
         load_settings(write(tmp_path, text), {})
 
 
+def test_an_unknown_variable_of_a_section_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no setting SOFTCUE_SERVER_PROT; did you mean SOFTCUE_SERVER_PORT"):
+        load_settings(None, {"SOFTCUE_SERVER_PROT": "1"})
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"nowhere\.toml cannot be read"):
         load_settings(tmp_path / "nowhere.toml", {})

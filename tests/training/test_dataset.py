@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,14 @@ def test_a_bad_line_is_named_by_file_line_and_reason(tmp_path: Path, task: Task,
         read_examples(file, task, Findings())
     assert f"{file}:3: " in str(refused.value)
     assert said in str(refused.value)
+
+
+def test_a_line_ends_at_its_newline_only(tmp_path: Path, task: Task) -> None:
+    file = tmp_path / "rows.jsonl"
+    text = "one\u2028two\x85three"
+    file.write_text(json.dumps({**GOOD, "inputs": {"message": text}}, ensure_ascii=False) + "\n{\n")
+    with pytest.raises(DatasetError, match=r"1 rows cannot be used.*\n.*:2: not JSON"):
+        read_examples(file, task, Findings())
 
 
 def test_every_bad_line_is_counted(tmp_path: Path, task: Task) -> None:

@@ -10,11 +10,14 @@ import pytest
 
 from prompt_store.access import ANONYMOUS
 from prompt_store.database import Database
+from prompt_store.errors import InvalidName
 from prompt_store.prompts.artifact import read_artifact
-from prompt_store.prompts.registry import Registry
+from prompt_store.prompts.registry import NewVersion, Registry
+from prompt_store.prompts.task import Message, load_task
+from prompt_store.prompts.version import TextPayload
 from tests.training.recipes import write_recipe
 from training import checkpoint
-from training.errors import CheckpointError
+from training.errors import CheckpointError, RecipeError
 from training.optimise import Step
 from training.recipe import load_recipe
 from training.run import Event, Finished, Interrupted, Started, Validated, tune_soft_prompt
@@ -96,7 +99,10 @@ def test_an_interrupted_run_resumes_to_the_same_content(
     assert isinstance(resumed[0], Started)
     assert resumed[0].resumed_at == 6
     assert [event.number for event in resumed if isinstance(event, Step)] == [7, 8]
-    assert finished(resumed).prompt_file.read_bytes() == whole.prompt_file.read_bytes()
+    end = finished(resumed)
+    assert end.prompt_file.read_bytes() == whole.prompt_file.read_bytes()
+    report = json.loads(end.report_file.read_text())
+    assert report["training"]["history"] == json.loads(whole.report_file.read_text())["training"]["history"]
 
 
 def test_what_does_not_pass_the_gate_is_kept_and_not_published(
@@ -118,6 +124,44 @@ def test_the_gate_holds_a_candidate_against_production_once_there_is_one(
     second = finished(tune(write_recipe(tmp_path / "s", **{"max_steps = 8": "max_steps = 4"})))
     assert second.verdict.reference == "production (v1)"
     assert second.verdict.reference_value == first.verdict.candidate
+
+
+def test_a_text_prompt_in_production_is_what_the_gate_compares_with(
+    tmp_path: Path, registry: Registry, tune: Callable[..., list[Event]]
+) -> None:
+    recipe = write_recipe(tmp_path / "r")
+    task = load_task(tmp_path / "r" / "task.toml")
+    registry.apply_task(task, ANONYMOUS)
+    text = TextPayload(messages=(Message(role="system", content="Colour?"), *task.messages))
+    registry.publish(NewVersion(task="colours", payload_content=text), "production", "", ANONYMOUS)
+    end = finished(tune(recipe))
+    assert end.verdict.reference == "production (v1)"
+    assert list(end.evaluations) == ["no prompt", "text prompt", "production (v1)", "soft prompt"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('metric = "accuracy"', 'metric = "bleu"', r"gate\.metric 'bleu' is not among the task's metrics: accuracy"),
+        ("minimum_gain = -1.0", 'minimum_gain = -1.0\n[publish]\nalias = "v7"', "'v7' is not an alias"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_refused_at_the_start(
+    tmp_path: Path, tune: Callable[..., list[Event]], old: str, new: str, said: str
+) -> None:
+    with pytest.raises((RecipeError, InvalidName), match=said):
+        tune(write_recipe(tmp_path / "r", **{old: new}))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stop_during_the_last_evaluation_publishes_nothing(
+    tmp_path: Path, registry: Registry, tune: Callable[..., list[Event]]
+) -> None:
+    recipe = write_recipe(tmp_path / "r")
+    events = tune(recipe, stop_after=8)
+    assert isinstance(events[-1], Interrupted)
+    assert registry.tasks() == []
+    assert finished(tune(recipe)).published is not None
 
 
 def test_training_stops_early_when_validation_gains_nothing(tmp_path: Path, tune: Callable[..., list[Event]]) -> None:

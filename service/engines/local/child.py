@@ -16,8 +16,7 @@ from service.engines.local.options import EngineOptions
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the service drains, then ends us
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a supervisor may send it to all; the service drains, then ends us
     logging.basicConfig(level=logging.WARNING, format="engine: %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     connection = socket.socket(fileno=int(sys.argv[1]))
     arguments = json.loads(sys.argv[2])

@@ -7,9 +7,10 @@ the engine is lost, answers what was in flight with one retriable error, starts 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Literal, cast
 
 from service.engines.base import (
@@ -84,11 +85,14 @@ class LocalEngine:
         self._idle.set()
         self._stats = _NO_STATS
         self._restarts = 0
-        self._closing = False
+        self._slots = 0
+        self._closing = asyncio.Event()
+        self._started_once = False
         self._refused: BaseModelError | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._pending: dict[str, asyncio.Queue[_News]] = {}
+        self._sent: set[str] = set()
         self._prompts = KnownPrompts(self._send)
 
     async def start(self) -> None:
@@ -99,21 +103,23 @@ class LocalEngine:
             raise self._refused
 
     async def close(self, grace_s: float = 0.0) -> None:
-        """Take no more requests, let running ones finish for `grace_s` seconds, fail the rest, end the engine."""
-        self._closing = True
+        """Take no more requests, let running ones finish for `grace_s` seconds, fail the rest, end the engine.
+
+        Closing twice waits for the first close.
+        """
+        self._closing.set()
         try:
             async with asyncio.timeout(grace_s):
                 await self._idle.wait()
         except TimeoutError:
-            self._fail_pending("the service is stopping; send the request again to another replica")
+            self._fail(self._pending, "the service is stopping; send the request again to another replica")
         self._send(Shutdown())
-        supervisor, self._supervisor = self._supervisor, None
-        if supervisor is None:
+        if self._supervisor is None:
             return
-        done, _ = await asyncio.wait({supervisor}, timeout=_STOP_TIMEOUT_S)
+        done, _ = await asyncio.wait({self._supervisor}, timeout=_STOP_TIMEOUT_S)
         if not done:
             await asyncio.to_thread(self._host.stop)
-        await supervisor
+        await asyncio.wait({self._supervisor})
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
         """Deltas, then one Finish. See `Engine`; raises any of the EngineError tree."""
@@ -121,23 +127,22 @@ class LocalEngine:
         sampling = request.sampling
         sampling.check()
         token_ids = self._lay_out(request.prompt, request.soft_prompt)
-        news = await self._admit(request.id, request.soft_prompt)
-        self._send(
-            Submit(
-                id=request.id,
-                token_ids=token_ids,
-                soft_prompt=request.soft_prompt.digest if request.soft_prompt else None,
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=sampling.seed,
-                stop=list(sampling.stop),
-            )
+        command = Submit(
+            id=request.id,
+            token_ids=token_ids,
+            soft_prompt=request.soft_prompt.digest if request.soft_prompt else None,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+            stop=list(sampling.stop),
         )
+        news = await self._admit(request.id, request.soft_prompt)
         completion_tokens = 0
         virtual_tokens = request.soft_prompt.length if request.soft_prompt else 0
         try:
+            self._ask(command)
             while True:
                 output = await news.get()
                 if isinstance(output, EngineError):
@@ -160,10 +165,10 @@ class LocalEngine:
         virtual_tokens = request.soft_prompt.length if request.soft_prompt else 0
         continuations = [self.base.continuation(text) for text in request.continuations]
         self.base.check_length(len(token_ids) + max(map(len, continuations)) - 1, virtual_tokens)
-        news = await self._admit(request.id, request.soft_prompt)
         digest = request.soft_prompt.digest if request.soft_prompt else None
-        self._send(Score(request.id, token_ids, digest, continuations))
+        news = await self._admit(request.id, request.soft_prompt)
         try:
+            self._ask(Score(request.id, token_ids, digest, continuations))
             answer = await news.get()
             if isinstance(answer, EngineError):
                 raise answer
@@ -185,7 +190,7 @@ class LocalEngine:
     def stats(self) -> EngineStats:
         stats = self._stats
         return EngineStats(
-            ready=self._ready.is_set() and not self._closing,
+            ready=self._ready.is_set() and not self._closing.is_set() and self._refused is None,
             waiting=stats.waiting,
             running=stats.running,
             kv_slots=stats.kv_slots,
@@ -220,8 +225,9 @@ class LocalEngine:
 
     async def _admit(self, request_id: str, soft_prompt: SoftPromptReference | None) -> asyncio.Queue[_News]:
         """A place for a request's news, once the engine is ready and knows the soft prompt."""
-        if len(self._pending) >= self._stats.kv_slots + self._max_waiting and self._ready.is_set():
-            raise QueueFull(len(self._pending) - self._stats.kv_slots, retry_after_s=1.0)
+        self._check_open()
+        if len(self._pending) >= self._slots + self._max_waiting:
+            raise QueueFull(len(self._pending) - self._slots, retry_after_s=1.0)
         if request_id in self._pending:
             raise InvalidRequest(
                 f"a request with id {request_id} is running already; give each its own", parameter="id"
@@ -241,18 +247,20 @@ class LocalEngine:
         return news
 
     async def _wait_ready(self) -> None:
-        if self._closing:
+        try:
+            async with asyncio.timeout(self._ready_timeout_s):
+                await self._ready.wait()
+        except TimeoutError:
+            raise EngineUnavailable(
+                f"the engine was not ready within {self._ready_timeout_s:.0f} s; send the request again"
+            ) from None
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
             raise EngineUnavailable("the service is stopping; send the request again to another replica")
-        if not self._ready.is_set():
-            try:
-                async with asyncio.timeout(self._ready_timeout_s):
-                    await self._ready.wait()
-            except TimeoutError:
-                raise EngineUnavailable(
-                    f"the engine was not ready within {self._ready_timeout_s:.0f} s; send the request again"
-                ) from None
         if self._refused is not None:
-            raise EngineUnavailable(str(self._refused))
+            raise self._refused
 
     def _leave(self, request_id: str) -> None:
         """Cancel what has not ended. The engine ignores ids that are done."""
@@ -262,6 +270,7 @@ class LocalEngine:
 
     def _forget(self, request_id: str) -> None:
         self._pending.pop(request_id, None)
+        self._sent.discard(request_id)
         if not self._pending:
             self._idle.set()
 
@@ -272,37 +281,57 @@ class LocalEngine:
             if last:
                 self._forget(request_id)
 
-    def _fail_pending(self, message: str) -> None:
-        for request_id in list(self._pending):
+    def _fail(self, request_ids: Iterable[str], message: str) -> None:
+        for request_id in list(request_ids):
             self._deliver(request_id, EngineUnavailable(message), last=True)
 
-    def _send(self, command: Command) -> None:
-        """Queue a command. Towards an engine that is lost it goes nowhere: losing it answered everyone."""
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(frame(command))
+    def _ask(self, command: Submit | Score) -> None:
+        """Send a request; from now on it is lost if the engine is."""
+        if not self._send(command):
+            raise EngineUnavailable("the engine was lost; send the request again")
+        self._sent.add(command.id)
+
+    def _send(self, command: Command) -> bool:
+        """Queue a command. False when there is no engine to take it."""
+        if self._writer is None or self._writer.is_closing():
+            return False
+        self._writer.write(frame(command))
+        return True
 
     async def _supervise(self) -> None:
         """Keep an engine running until close; restarts pause longer each time one dies soon after its start."""
         pause_s = 0.1
-        while True:
+        while not self._closing.is_set() and self._refused is None:
             started = time.monotonic()
-            connection = await asyncio.to_thread(self._host.start)
+            try:
+                await self._run_once()
+            except Exception:  # no process, no memory, no descriptor: the next start may find some
+                log.exception("the engine could not be run")
+            if self._closing.is_set() or self._refused is not None:
+                break
+            steady = time.monotonic() - started > _STEADY_AFTER_S
+            pause_s = 0.1 if steady else min(2 * pause_s, _LONGEST_PAUSE_S)
+            self._restarts += 1
+            log.error("the engine was lost; starting another in %.1f s (restart %d)", pause_s, self._restarts)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), pause_s)
+        self._ready.set()  # whoever waits learns that nothing comes
+
+    async def _run_once(self) -> None:
+        """One engine, from its start to its loss."""
+        connection = await asyncio.to_thread(self._host.start)
+        try:
             reader, self._writer = await asyncio.open_connection(sock=connection)
             try:
+                if self._closing.is_set():
+                    self._send(Shutdown())
                 await self._listen(reader)
             finally:
                 self._lose()
                 self._writer.close()
                 self._writer = None
-                await asyncio.to_thread(self._host.stop)
-            if self._closing or self._refused is not None:
-                self._ready.set()  # whoever waits learns that nothing comes
-                return
-            steady = time.monotonic() - started > _STEADY_AFTER_S
-            pause_s = 0.1 if steady else min(2 * pause_s, _LONGEST_PAUSE_S)
-            self._restarts += 1
-            log.error("the engine was lost; starting another in %.1f s (restart %d)", pause_s, self._restarts)
-            await asyncio.sleep(pause_s)
+        finally:
+            await asyncio.to_thread(self._host.stop)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         """Take events until the engine closes its side."""
@@ -326,15 +355,18 @@ class LocalEngine:
                     self._prompts.registered(event.digest, event.error)
                 case Ready():
                     self._stats = event.stats
+                    self._slots = event.stats.kv_slots
+                    self._started_once = True
                     self._ready.set()
                     self._prompts.engine_started()
                 case StartFailed():
-                    self._refused = BaseModelError(event.message)
-                    log.error("the engine cannot serve this base model: %s", event.message)
+                    log.error("the engine did not start: %s", event.message)
+                    if event.permanent or not self._started_once:
+                        self._refused = BaseModelError(event.message)
 
     def _lose(self) -> None:
         """The engine is gone: everyone who waits for it gets one retriable error."""
         self._ready.clear()
         self._stats = _NO_STATS
         self._prompts.engine_lost()
-        self._fail_pending("the engine was lost while it worked on this; send the request again")
+        self._fail(self._sent, "the engine was lost while it worked on this; send the request again")

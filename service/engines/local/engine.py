@@ -115,6 +115,8 @@ class EngineCore:
         """End a request without news of it, and free what it held. Unknown ids are done already."""
         work = self._work.pop(request_id, None)
         if work is not None:
+            if work.sequence.phase == "prefill":  # nobody has seen yet whether what it computed is finite
+                self._runner.cache.clear(work.sequence.slot)
             self._scheduler.end(work.sequence)
 
     def step(self) -> Step:
@@ -196,9 +198,26 @@ class EngineCore:
                 generations.append(work)
         if not generations:
             return
-        tokens = choose(logits[rows], [generation.sampling for generation in generations])
+        self._choose(generations, logits[rows])
+
+    def _choose(self, generations: list[_Generation], logits: Tensor) -> None:
+        """Append each generation's next token; where that raises, each row goes alone, so that only it fails."""
+        try:
+            tokens = choose(logits, [generation.sampling for generation in generations])
+        except Exception as error:  # as in _run
+            if len(generations) > 1:
+                for row, generation in enumerate(generations):
+                    self._choose([generation], logits[row : row + 1])
+                return
+            log.exception("no token could be chosen for %s", generations[0].sequence.id)
+            self._fail(generations[0].sequence.id, f"no token could be chosen: {error}")
+            return
         for generation, token in zip(generations, tokens, strict=True):
-            self._append(generation, token)
+            try:
+                self._append(generation, token)
+            except Exception as error:  # as in _run: the tokenizer is foreign code too
+                log.exception("token %d of %s could not be taken", token, generation.sequence.id)
+                self._fail(generation.sequence.id, f"its text could not be decoded: {error}")
 
     def _append(self, generation: _Generation, token: int) -> None:
         sequence = generation.sequence
@@ -237,6 +256,9 @@ class EngineCore:
         self.cancel(work.sequence.id)
 
     def _fail(self, request_id: str, message: str) -> None:
+        work = self._work.get(request_id)
+        if work is not None and work.sequence.slot >= 0:
+            self._runner.cache.clear(work.sequence.slot)
         self._news.failures.append(Failure(request_id, message))
         self.cancel(request_id)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from service.engines.base import SoftPromptReference
-from service.engines.errors import EngineError, EngineUnavailable, GenerationFailed
+from service.engines.errors import EngineUnavailable, GenerationFailed
 from service.engines.local.messages import Command, Register, Release
 
 log = logging.getLogger(__name__)
@@ -18,12 +18,17 @@ _MOST_KNOWN = 1024
 
 
 class KnownPrompts:
-    """What one engine has been told; `send` queues a command for it. Pins outlive the engine, the rest does not."""
+    """What one engine has been told; `send` queues a command for it and says whether it could.
 
-    def __init__(self, send: Callable[[Command], None]) -> None:
+    Pins outlive the engine, the rest does not. A future in `_known` stays there until it is settled, so that whoever
+    waits for it is always answered.
+    """
+
+    def __init__(self, send: Callable[[Command], bool]) -> None:
         self._send = send
         self._known: OrderedDict[str, asyncio.Future[None]] = OrderedDict()
         self._pinned: dict[str, SoftPromptReference] = {}
+        self._unwanted: set[str] = set()
         self._background: set[asyncio.Task[None]] = set()
 
     async def ensure(self, soft_prompt: SoftPromptReference) -> None:
@@ -35,28 +40,38 @@ class KnownPrompts:
         """Have a soft prompt's KV computed now and kept. Raises as `ensure`; it stays pinned if the engine is lost."""
         digest = soft_prompt.digest
         self._pinned[digest] = soft_prompt
-        pending = self._known.pop(digest, None)
-        if pending is not None and not pending.done():
+        self._unwanted.discard(digest)
+        while (pending := self._known.get(digest)) is not None and not pending.done():
             await asyncio.wait([pending])
+        self._known.pop(digest, None)
         try:
             await self._bring_once(soft_prompt, pinned=True)
         except EngineUnavailable:
             raise
-        except EngineError:
+        except BaseException:
             self._pinned.pop(digest, None)
             raise
 
     def release(self, digest: str) -> None:
-        """Let a soft prompt go."""
+        """Let a soft prompt go; one that is on its way, as soon as it has arrived."""
         self._pinned.pop(digest, None)
-        if self._known.pop(digest, None) is not None:
+        known = self._known.get(digest)
+        if known is None:
+            return
+        if known.done():
+            del self._known[digest]
             self._send(Release(digest))
+        else:
+            self._unwanted.add(digest)
 
     def registered(self, digest: str, error: str | None) -> None:
         """The engine's answer to a Register."""
         known = self._known.get(digest)
         if known is not None:
             self._settle(digest, known, GenerationFailed(error) if error is not None else None)
+        if digest in self._unwanted:
+            self._unwanted.discard(digest)
+            self.release(digest)
 
     def engine_started(self) -> None:
         """Another engine is ready: pin there what was pinned before."""
@@ -68,6 +83,7 @@ class KnownPrompts:
         for digest, known in list(self._known.items()):
             self._settle(digest, known, EngineUnavailable("the engine was lost; send the request again"))
         self._known.clear()
+        self._unwanted.clear()
 
     def _has(self, digest: str) -> bool:
         known = self._known.get(digest)
@@ -90,9 +106,12 @@ class KnownPrompts:
         except Exception as error:  # whatever loading raises is the answer to all who wait
             self._settle(soft_prompt.digest, known, error)
             return
-        if not known.done():
-            self._send(Register(soft_prompt.digest, prompt.dtype, prompt.shape, prompt.data, pinned))
+        if known.done():
+            return
+        if self._send(Register(soft_prompt.digest, prompt.dtype, prompt.shape, prompt.data, pinned)):
             self._release_oldest()
+        else:
+            self._settle(soft_prompt.digest, known, EngineUnavailable("the engine was lost; send the request again"))
 
     async def _pin_again(self, soft_prompt: SoftPromptReference) -> None:
         try:

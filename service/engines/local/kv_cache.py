@@ -24,10 +24,6 @@ class KVShape:
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def bytes_per_token(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
-
 
 class SlotCache:
     """Keys and values of running sequences, `keys[layer]` and `values[layer]` of shape [S, KV heads, context, D]."""
@@ -45,6 +41,12 @@ class SlotCache:
         for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             self.keys[layer][slot, :, : prefix.length] = keys
             self.values[layer][slot, :, : prefix.length] = values
+
+    def clear(self, slot: int) -> None:
+        """Zero a slot: a mask hides old values from attention, but not NaN, because 0 times NaN is NaN."""
+        for layer in range(self.shape.layers):
+            self.keys[layer][slot].zero_()
+            self.values[layer][slot].zero_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,9 @@ class Prefix:
 
 @dataclass(slots=True)
 class PrefixStore:
-    """The tensors of known soft prompts, and the KV of those in use: pinned ones stay, the least recently used go.
+    """The tensors of known soft prompts, and the KV of those in use, within a budget.
+
+    Over the budget the least recently used goes, pinned ones after all others; it is computed again when it is used.
 
     `compute` turns a `[P, H]` tensor into a Prefix.
     """
@@ -112,8 +116,8 @@ class PrefixStore:
         return len(self._prefixes)
 
     def _evict(self, keep: str) -> None:
-        spare = [digest for digest in self._prefixes if digest not in self._pinned and digest != keep]
-        for digest in spare:
+        others = [digest for digest in self._prefixes if digest != keep]
+        for digest in sorted(others, key=self._pinned.__contains__):  # stable: pinned ones go last
             if self.size_bytes <= self.budget_bytes:
                 return
             self._drop(digest)

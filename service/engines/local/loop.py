@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import select
+import selectors
 import socket
 from collections.abc import Callable
 
@@ -37,6 +37,8 @@ class _Inbox:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._selector = selectors.DefaultSelector()  # not select(): descriptors may be above its limit of 1024
+        self._selector.register(connection, selectors.EVENT_READ)
         self._buffer = bytearray()
 
     def take(self, *, wait: bool) -> list[Command]:
@@ -44,7 +46,7 @@ class _Inbox:
         commands: list[Command] = []
         while True:
             timeout = None if wait and not commands else 0
-            if not select.select([self._connection], [], [], timeout)[0]:
+            if not self._selector.select(timeout):
                 return commands
             data = self._connection.recv(_READ_BYTES)
             if not data:
@@ -78,7 +80,11 @@ def serve(connection: socket.socket, load: Callable[[], EngineCore]) -> None:
         try:
             core = load()
         except EngineError as error:
-            send(StartFailed(str(error)))
+            send(StartFailed(str(error), permanent=True))
+            return
+        except Exception as error:  # whatever the libraries raise while they load, the service must be told
+            log.exception("the engine could not be loaded")
+            send(StartFailed(f"the engine could not be loaded: {type(error).__name__}: {error}", permanent=False))
             return
         send(Ready(core.stats()))
         inbox = _Inbox(connection)

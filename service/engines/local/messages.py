@@ -78,9 +78,10 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 
 
 class StartFailed(msgspec.Struct, tag=True, frozen=True):
-    """The engine cannot serve this base model; trying again does not help."""
+    """The engine did not start. `permanent` when this base model cannot be served, so that trying again is no use."""
 
     message: str
+    permanent: bool
 
 
 class Output(msgspec.Struct, frozen=True):

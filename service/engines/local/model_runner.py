@@ -22,6 +22,7 @@ from service.engines.local.kv_cache import KVShape, Prefix, SlotCache
 from service.engines.local.scheduler import Chunk, Sequence
 
 _PROBE_TOLERANCE = 1e-3
+_VARYING_ROPE = {"dynamic", "longrope"}
 
 
 def load_weights(base: BaseModel, *, device: str = "cpu", attention_implementation: str = "sdpa") -> PreTrainedModel:
@@ -56,6 +57,7 @@ class ModelRunner:
         self.device = model.device
         self.dtype = model.dtype
         self.embedding = model.get_input_embeddings()
+        self._calls = 0
         self.cache = SlotCache(kv_shape(model), slots, base.context_length)
 
     @torch.inference_mode()
@@ -99,7 +101,6 @@ class ModelRunner:
 
         All continuations share the sequence's KV and go through one forward pass.
         """
-        first = torch.log_softmax(last_logits.double(), dim=-1)
         past = sequence.prefix_length + sequence.computed
         ids: list[int] = []
         positions: list[int] = []
@@ -110,7 +111,7 @@ class ModelRunner:
                 segments.append(Segment(len(ids), len(fed), sequence.slot, past, stored=False))
             ids += fed
             positions += range(past, past + len(fed))
-        following = None
+        following: list[float] = []
         if ids:
             nothing = self._indices([])
             plan = AttentionPlan(self.cache, nothing, nothing, nothing, 0, segments)
@@ -120,15 +121,14 @@ class ModelRunner:
                 plan,
                 torch.arange(len(ids), device=self.device),
             )
-            following = torch.log_softmax(logits.double(), dim=-1)
+            targets = self._indices([token for continuation in continuations for token in continuation[1:]])
+            following = (logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)).tolist()
+        first = (last_logits - last_logits.logsumexp(dim=-1)).tolist()
         totals, row = [], 0
         for continuation in continuations:
-            total = float(first[continuation[0]])
-            for token in continuation[1:]:
-                assert following is not None
-                total += float(following[row, token])
-                row += 1
-            totals.append(total)
+            end = row + len(continuation) - 1
+            totals.append(first[continuation[0]] + sum(following[row:end]))
+            row = end
         return totals
 
     @torch.inference_mode()
@@ -148,33 +148,56 @@ class ModelRunner:
     @torch.inference_mode()
     def probe(self) -> None:
         """Hold a short forward against eager attention's. Raises BaseModelError for what cannot be served exactly."""
+        architecture = type(self.model).__name__
+        varying = rope_types(self.model) & _VARYING_ROPE
+        if varying:
+            raise BaseModelError(
+                f"{architecture} scales its positions by the longest sequence in the batch (rope type "
+                f"'{min(varying)}'), so one request would change another's answer; serve it through vLLM instead"
+            )
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self.base.vocabulary_size, (9,), generator=generator).to(self.device)
-        positions = torch.arange(9, device=self.device)
         try:
             self.model.set_attn_implementation("eager")
             expected = self.model(input_ids=ids[None], use_cache=False).logits[0].float()
         finally:
             self.model.set_attn_implementation(attention.NAME)
-        nothing = self._indices([])
-        plan = AttentionPlan(self.cache, nothing, nothing, nothing, 0, [Segment(0, 9, 0, 0, stored=False)])
-        architecture = type(self.model).__name__
         try:
-            ours = self._forward(self.embedding(ids), positions, plan, positions)
+            ours, calls = self._probe_paths(ids.tolist())
         except Exception as error:  # whatever a foreign architecture raises, it cannot be served
             raise BaseModelError(
                 f"{architecture} cannot run with a registered attention function ({error}); "
                 "serve it through vLLM instead"
             ) from error
         layers = self.cache.shape.layers
+        expected = expected[-len(ours) :]
         difference = float((ours - expected).abs().max())
         scale = max(1.0, float(expected.abs().max()))
-        if plan.calls != layers or not difference <= _PROBE_TOLERANCE * scale:
+        if calls != len(ours) * layers or not difference <= _PROBE_TOLERANCE * scale:
             raise BaseModelError(
-                f"{architecture} called the registered attention function {plan.calls} times for {layers} layers and "
-                f"its logits differ from eager attention by {difference:.2g}, so it would be served wrongly; "
-                "serve it through vLLM instead"
+                f"{architecture} called the registered attention function {calls} times for {len(ours)} passes over "
+                f"{layers} layers and its logits differ from eager attention by {difference:.2g}, so it would be "
+                "served wrongly; serve it through vLLM instead"
             )
+
+    def _probe_paths(self, ids: list[int]) -> tuple[Tensor, int]:
+        """The logits [3, V] of the last three tokens, made by a prefill in two chunks, a decode and a score branch.
+
+        Also returns how often these three passes called the attention function. Leaves slot 0 empty.
+        """
+        sequence = Sequence("probe", ids[:-2], len(ids) - 2, phase="prefill", slot=0)
+        self.run([Chunk(sequence, 0, 4)])
+        self._calls = 0
+        rows = [self.run([Chunk(sequence, 4, len(ids) - 6)])]
+        sequence.token_ids.append(ids[-2])
+        sequence.phase = "decode"
+        rows.append(self.run([Chunk(sequence, len(ids) - 2, 1)]))
+        nothing, at = self._indices([]), len(ids) - 1
+        plan = AttentionPlan(self.cache, nothing, nothing, nothing, 0, [Segment(0, 1, 0, at, stored=False)])
+        last = self.embedding(self._indices(ids[-1:]))
+        rows.append(self._forward(last, self._indices([at]), plan, self._indices([0])))
+        self.cache.clear(0)
+        return torch.cat(rows), self._calls
 
     def _forward(self, embeddings: Tensor, positions: Tensor, plan: AttentionPlan, keep: Tensor) -> Tensor:
         output: Any = self.model(
@@ -184,6 +207,7 @@ class ModelRunner:
             logits_to_keep=keep,
             plan=plan,
         )
+        self._calls += plan.calls
         logits: Tensor = output.logits[0].float()
         return logits
 
@@ -195,6 +219,13 @@ def embedding_matrix(model: PreTrainedModel) -> Tensor:
     """The model's token embeddings [V, H], detached."""
     weight: Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     return weight
+
+
+def rope_types(model: PreTrainedModel) -> set[str]:
+    """The kinds of rotary embedding that a model's configuration names, one per kind of layer in some."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {str(entry["rope_type"]) for entry in each if "rope_type" in entry}
 
 
 def kv_shape(model: PreTrainedModel) -> KVShape:

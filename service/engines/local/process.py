@@ -26,12 +26,12 @@ class Host(Protocol):
         ...
 
     def stop(self) -> None:
-        """End the engine that was started last, by force if it does not end by itself. Blocks for seconds at most."""
+        """End the engine that was started last, if one was; blocks until it has ended."""
         ...
 
 
 class ProcessHost:
-    """An engine in a process of its own."""
+    """An engine in a process of its own, killed where it does not end by itself within seconds."""
 
     def __init__(self, base: BaseModel, options: EngineOptions) -> None:
         self._arguments = {
@@ -51,9 +51,11 @@ class ProcessHost:
     def start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         with theirs:
+            # -P: the installed packages, not what happens to lie in the working directory.
             self._process = subprocess.Popen(
                 [
                     sys.executable,
+                    "-P",
                     "-m",
                     "service.engines.local.child",
                     str(theirs.fileno()),
@@ -61,6 +63,7 @@ class ProcessHost:
                 ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is for the service, which drains the engine
             )
         return ours
 

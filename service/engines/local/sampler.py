@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# Dividing logits by less leaves one token with all the probability, or overflows.
+_GREEDY_BELOW = 1e-5
+
 
 @dataclass(slots=True)
 class RowSampling:
@@ -38,14 +41,14 @@ def choose(logits: Tensor, rows: Rows[RowSampling]) -> list[int]:
     and one token is drawn from what is left by its probability.
     """
     chosen: list[int] = logits.argmax(dim=-1).tolist()
-    sampled = [index for index, row in enumerate(rows) if row.temperature > 0.0]
+    sampled = [index for index, row in enumerate(rows) if row.temperature >= _GREEDY_BELOW]
     if not sampled:
         return chosen
     device = logits.device
     temperature = torch.tensor([rows[i].temperature for i in sampled], dtype=torch.float64, device=device)[:, None]
     top_p = torch.tensor([rows[i].top_p for i in sampled], dtype=torch.float64, device=device)[:, None]
     vocabulary = logits.shape[-1]
-    top_k = torch.tensor([rows[i].top_k or vocabulary for i in sampled], device=device)[:, None]
+    top_k = torch.tensor([min(rows[i].top_k or vocabulary, vocabulary) for i in sampled], device=device)[:, None]
     drawn = torch.tensor([rows[i].draw() for i in sampled], dtype=torch.float64, device=device)[:, None]
     scaled = logits[sampled].double() / temperature
     probabilities, tokens = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)

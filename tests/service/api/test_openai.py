@@ -104,6 +104,25 @@ async def test_a_text_prompt_puts_its_instructions_before_the_conversation(
     assert engine.requests[0].soft_prompt is None
 
 
+async def test_a_text_prompt_that_chat_cannot_render_is_refused_and_literal_braces_are_rendered(
+    store: Store, engine: ScriptedEngine
+) -> None:
+    user = Message(role="user", content="{message}")
+    fields = TextPayload(messages=(Message(role="system", content="About {message}."), user))
+    store.publish("intents", fields, alias="fields")
+    shots = (Message(role="user", content="{{hi}}"), Message(role="assistant", content="greeting"))
+    store.publish("intents", TextPayload(messages=(*shots, user)), alias="shots")
+    async with client_of(store, engine) as client:
+        refused = await chat(client, "intents@fields")
+        await chat(client, "intents@shots")
+        raw = await client.post("/v1/completions", json={"model": "intents@shots", "prompt": "x"})
+    assert (refused.status_code, raw.status_code) == (400, 400)
+    assert "placeholders; ask it with inputs at /v1/tasks" in refused.json()["error"]["message"]
+    (asked,) = engine.requests
+    assert isinstance(asked.prompt, Messages)
+    assert [message.content for message in asked.prompt.messages] == ["{hi}", "greeting", "hello big world"]
+
+
 async def test_completions_continue_raw_text_or_token_ids(client: AsyncTestClient[Any], engine: ScriptedEngine) -> None:
     for prompt in ("once upon", [5, 6], ["once upon"], [[5, 6]]):
         response = await client.post("/v1/completions", json={"model": "copy", "prompt": prompt})
@@ -130,6 +149,10 @@ async def test_models_lists_the_base_tasks_and_versions(client: AsyncTestClient[
         ({"model": "ft:gpt-4o-mini:acme::x"}, 404, "model_not_found", "no backend here serves 'ft:"),
         ({"model": "No Such!"}, 400, "invalid_name", "is not a model name"),
         ({"n": 2}, 400, "unsupported_parameter", "n is not served"),
+        ({"n": 0}, 400, "unsupported_parameter", "n is not served"),
+        ({"top_logprobs": 2}, 400, "unsupported_parameter", "logprobs"),
+        ({"tool_choice": "required"}, 400, "unsupported_parameter", "tool_choice"),
+        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, 400, "unsupported_parameter", "has a name"),
         ({"logprobs": True}, 400, "unsupported_parameter", "logprobs"),
         ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
         ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import cast
 
 import pytest
 
+from prompt_store.prompts.soft_prompt import SoftPrompt
 from service.engines.base import (
     Delta,
     Finish,
@@ -170,6 +173,148 @@ async def test_a_warmed_prompt_is_pinned_until_released_and_loaded_once(engine: 
     await engine.release(prompt.digest)
     assert await answer(engine, request("b", soft_prompt=reference)) == warm
     assert len(loads) == 2
+
+
+class Blocked:
+    """A soft prompt whose tensor is read when `go` is set, from a thread."""
+
+    def __init__(self, seed: int, engine: LocalEngine) -> None:
+        self.go, self.asked = threading.Event(), threading.Event()
+        self.prompt = random_prompt(seed, 5)
+        self.reference = SoftPromptReference(self.prompt.digest, 5, engine.base.fingerprint, self._load)
+
+    def _load(self) -> SoftPrompt:
+        self.asked.set()
+        assert self.go.wait(20)
+        return self.prompt
+
+
+async def test_a_prompt_may_be_pinned_while_a_request_brings_it(engine: LocalEngine) -> None:
+    blocked = Blocked(21, engine)
+    asked = asyncio.ensure_future(answer(engine, request("a", soft_prompt=blocked.reference)))
+    await until(blocked.asked.is_set)
+    pinning = [asyncio.ensure_future(engine.warm(blocked.reference)) for _ in range(2)]
+    await asyncio.sleep(0)
+    blocked.go.set()
+    async with asyncio.timeout(20):
+        await asyncio.gather(asked, *pinning)
+    assert await answer(engine, request("b", soft_prompt=blocked.reference)) == asked.result()
+
+
+async def test_a_prompt_released_on_its_way_is_let_go_when_it_arrives(engine: LocalEngine) -> None:
+    before = engine.stats().prefixes
+    blocked = Blocked(22, engine)
+    pinning = asyncio.ensure_future(engine.warm(blocked.reference))
+    await until(blocked.asked.is_set)
+    await engine.release(blocked.prompt.digest)
+    blocked.go.set()
+    async with asyncio.timeout(20):
+        await pinning
+    assert await answer(engine, request("after"))  # the engine has read the release by now
+    assert engine.stats().prefixes == before
+
+
+async def test_who_asked_first_may_leave_while_others_wait_for_the_same_prompt(engine: LocalEngine) -> None:
+    blocked = Blocked(23, engine)
+    first_asked = asyncio.ensure_future(answer(engine, request("a", soft_prompt=blocked.reference)))
+    await until(blocked.asked.is_set)
+    second_asked = asyncio.ensure_future(answer(engine, request("b", soft_prompt=blocked.reference)))
+    await asyncio.sleep(0)
+    first_asked.cancel()
+    blocked.go.set()
+    async with asyncio.timeout(20):
+        assert await second_asked
+
+
+async def test_extreme_sampling_is_refused_or_served_and_harms_nobody(engine: LocalEngine) -> None:
+    async with aclosing(await first(engine, request("victim", sampling=LONG))) as victim:  # type: ignore[type-var]
+        for wrong in (Sampling(top_k=2**63), Sampling(max_tokens=10**30), Sampling(seed=2**70)):
+            with pytest.raises(InvalidRequest):
+                await answer(engine, request("a", sampling=wrong))
+        tiny = Sampling(max_tokens=5, temperature=1e-308, top_k=2**31 - 1, top_p=1e-300, seed=1)
+        assert await answer(engine, request("a", sampling=tiny)) == await answer(
+            engine, request("b", sampling=Sampling(max_tokens=5))
+        )
+        assert isinstance(await anext(victim), Delta)  # type: ignore[call-overload]
+    assert engine.stats().restarts == 0
+
+
+class FlakyHost(ThreadHost):
+    """A ThreadHost whose starts play a script: an error is raised, an engine is loaded, None is lost at once."""
+
+    def __init__(self, *script: Exception | EngineCore | None) -> None:
+        super().__init__(lambda: self._engine)
+        self._script = list(script)
+        self._engine: EngineCore
+        self.starts = 0
+
+    def start(self) -> socket.socket:
+        self.starts += 1
+        step = self._script.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        if step is None:
+            ours, theirs = socket.socketpair()
+            theirs.close()
+            return ours
+        self._engine = step
+        return super().start()
+
+
+async def test_an_engine_that_cannot_be_started_is_tried_again(base: BaseModel, loaded: EngineCore) -> None:
+    host = FlakyHost(OSError("no descriptors"), None, loaded)
+    engine = LocalEngine(base, host)
+    async with asyncio.timeout(20):
+        await engine.start()
+        assert await answer(engine, request("a"))
+    assert (host.starts, engine.stats().restarts) == (3, 2)
+    await engine.close()
+
+
+async def test_a_request_that_waits_for_an_engine_outlives_failed_starts_and_the_queue_is_bounded(
+    base: BaseModel, loaded: EngineCore
+) -> None:
+    host = FlakyHost(None, None, loaded)
+    engine = LocalEngine(base, host, max_waiting=2)
+    starting = asyncio.ensure_future(engine.start())
+    waiting = [asyncio.ensure_future(answer(engine, request(str(i)))) for i in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull):
+        await answer(engine, request("one too many"))
+    async with asyncio.timeout(20):
+        await starting
+        assert all(await asyncio.gather(*waiting))
+    await engine.close()
+
+
+async def test_close_while_a_restart_is_awaited_ends_at_once_and_starts_nothing(base: BaseModel) -> None:
+    host = FlakyHost(*[None] * 100)
+    engine = LocalEngine(base, host)
+    starting = asyncio.ensure_future(engine.start())
+    asked = asyncio.ensure_future(answer(engine, request("a")))
+    await until(lambda: host.starts == 3)
+    async with asyncio.timeout(5):
+        await engine.close()
+        await starting
+        with pytest.raises(EngineUnavailable, match="stopping"):
+            await asked
+    starts = host.starts
+    await engine.close()
+    assert host.starts == starts
+
+
+async def test_whatever_loading_raises_ends_the_first_start_with_the_reason(base: BaseModel) -> None:
+    def load() -> EngineCore:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    engine = LocalEngine(base, ThreadHost(load))
+    async with asyncio.timeout(20):
+        with pytest.raises(BaseModelError, match="AssertionError: Torch not compiled with CUDA"):
+            await engine.start()
+    assert not engine.stats().ready
+    with pytest.raises(BaseModelError):
+        await answer(engine, request("a"))
+    await engine.close()
 
 
 async def test_two_requests_with_one_id_are_told_apart_by_refusing_the_second(engine: LocalEngine) -> None:

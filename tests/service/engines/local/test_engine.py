@@ -264,10 +264,38 @@ def test_a_request_whose_arithmetic_breaks_fails_alone(tmp_path: Path) -> None:
         assert "not finite" in collected.failures[name]
     oracle.assert_equal(collected.tokens["good"], ids, None)
     oracle.assert_equal(collected.tokens["other"], ids[:5], None)
-    submit(core, "later", ids)  # takes the slot of a broken one: nothing of it is left there
-    submit(core, "later still", ids)
-    for tokens in finish(core).tokens.values():
-        oracle.assert_equal(tokens, ids, None)
+    # These take the slots of broken ones. Beside longer rows their attention reads, masked, what was left there.
+    later = {"a": ids[:3], "b": ids * 4, "c": ids[:2], "d": ids[:4], "e": ids}
+    for name, tokens in later.items():
+        submit(core, name, tokens)
+    collected = finish(core)
+    assert not collected.failures
+    for name, tokens in later.items():
+        oracle.assert_equal(collected.tokens[name], tokens, None)
+
+
+def test_a_cancelled_prefill_leaves_nothing_in_its_slot(tmp_path: Path) -> None:
+    model = grouped_model()
+    model.get_input_embeddings().weight.data[3000] = float("nan")
+    base = save_base(tmp_path / "broken", model)
+    core, oracle = EngineCore.load(base, EngineOptions(max_batch_tokens=4)), Oracle.load(base)
+    ids = base.lay_out(RawText(TEXTS[0]))
+    submit(core, "broken", [3000] * 20)
+    step(core, Collected())
+    core.cancel("broken")
+    submit(core, "short", ids[:2])
+    submit(core, "long", ids * 3)
+    collected = finish(core)
+    oracle.assert_equal(collected.tokens["short"], ids[:2], None)
+    oracle.assert_equal(collected.tokens["long"], ids * 3, None)
+
+
+def test_positions_that_depend_on_the_batch_are_refused_at_load(tmp_path: Path) -> None:
+    model = grouped_model()
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    base = save_base(tmp_path / "dynamic", model)
+    with pytest.raises(BaseModelError, match="scales its positions by the longest sequence in the batch"):
+        EngineCore.load(base, EngineOptions())
 
 
 def test_an_architecture_that_ignores_our_attention_is_refused_at_load(tmp_path: Path) -> None:

@@ -51,6 +51,16 @@ def test_over_the_budget_the_least_recently_used_prefix_goes_and_pinned_ones_sta
     assert compute.computed == [10]
 
 
+def test_pinned_prefixes_too_stay_within_the_budget() -> None:
+    compute = Computing()
+    store = PrefixStore(compute, budget_bytes=8 * 20)
+    for name in ("a", "b", "c"):
+        store.register(name, torch.zeros(10, 4), pinned=True)
+    assert store.size_bytes == 8 * 20
+    assert store.prefix("a").length == 10
+    assert (len(compute.computed), store.size_bytes) == (4, 8 * 20)
+
+
 def test_a_released_prompt_is_forgotten() -> None:
     store = PrefixStore(Computing(), budget_bytes=1000)
     store.register("a", torch.zeros(2, 4), pinned=True)
