@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from typing import Annotated
+
 import typer
 
 from prompt_store.commands import app as prompts
@@ -13,6 +16,16 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 app.command()(serve)
+
+
+@app.callback(invoke_without_command=True)
+def softcue(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+    """Serve tuned prompts: one frozen base model, a soft prompt for every task."""
+    if version:
+        typer.echo(importlib.metadata.version("softcue"))
+        raise typer.Exit
+
+
 app.add_typer(prompts, name="prompts")
 app.add_typer(tune, name="tune")
 

@@ -29,6 +29,8 @@ app = typer.Typer(
     name="prompts", help="Tasks, prompt versions and aliases in the store.", no_args_is_help=True, add_completion=False
 )
 
+_BRIEF_REPORT = ("rows", "test_metrics", "gate")
+
 StoreOption = Annotated[
     str, typer.Option("--store", envvar="SOFTCUE_STORE_URL", help="Path or URL of the prompt store.")
 ]
@@ -95,6 +97,10 @@ def show(
             }
         else:
             document = _version_document(registry.version(model.task, model.selector), registry.snapshot())
+            if not as_json and document["report"]:
+                # What decides; --json has the rest: samples, mistakes, the history of the training.
+                brief = {key: document["report"][key] for key in _BRIEF_REPORT if key in document["report"]}
+                document["report"] = brief or document["report"]
         _print_document(document, as_json)
 
 

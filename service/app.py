@@ -19,7 +19,14 @@ from prompt_store.database import Database
 from prompt_store.errors import StoreError
 from prompt_store.prompts.registry import Registry
 from prompt_store.routes import DEFAULT_ALIAS, DEFAULT_BACKEND
-from service.api.answers import ClientLeft, answer_client_left, answer_error, answer_http_error
+from service.api.answers import (
+    ClientLeft,
+    answer_client_left,
+    answer_error,
+    answer_http_error,
+    answer_unreadable,
+    require_json,
+)
 from service.api.openai import OpenAIController
 from service.api.operations import live, ready, scrape
 from service.api.tasks import TaskController
@@ -110,12 +117,15 @@ def create_app(
             "metrics": Provide(lambda: metrics, sync_to_thread=False),
         },
         lifespan=[lifespan],
+        before_request=require_json,
         exception_handlers={
             StoreError: answer_error,
             EngineError: answer_error,
             RoutingError: answer_error,
             ClientLeft: answer_client_left,
             HTTPException: answer_http_error,
+            UnicodeDecodeError: answer_unreadable,
+            RecursionError: answer_unreadable,
             Exception: answer_error,
         },
         openapi_config=OpenAPIConfig(

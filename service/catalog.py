@@ -204,7 +204,10 @@ class Catalog:
                 aliases = self.snapshot.aliases.get(task, {})
                 if alias in aliases:
                     return self.snapshot.versions[aliases[alias]]
-                remedy = "publish a version with this alias, or name one of its versions: GET /v1/models lists them"
+                names = ", ".join(f"{task}@{name}" for name in [*aliases, *(version.label for version in versions)])
+                remedy = f"ask for {names}, or point the alias at one: `softcue prompts alias {task} {alias} VERSION`"
+                if not names:
+                    remedy = "publish a version of it: `softcue tune soft-prompt RECIPE` or `softcue prompts publish`"
                 raise UnknownAlias(alias, aliases, where=where, remedy=remedy)
         if len(found) != 1:
             raise UnknownVersion(selector, known, where=where, remedy="GET /v1/models lists the versions")

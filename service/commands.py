@@ -44,6 +44,7 @@ def serve(
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             """Ask the engine to finish first: at the end of the grace, streams get their error before they are cut."""
+            print(f"softcue: stopping, running requests have {settings.server.drain_s:g} s to end", file=sys.stderr)
             draining = asyncio.create_task(app.state.drain())
             await super().shutdown(sockets)
             await draining
@@ -98,7 +99,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; see --port and --host") from error
     return listener
 
 

@@ -256,7 +256,7 @@ def test_a_port_in_use_and_a_missing_base_are_told_apart_with_remedies(server: S
     port = server.url.rpartition(":")[2]
     taken = softcue("serve", "--port", port, "--store", tmp_path / "s.db", "--base", BASE_FOLDER, code=1)
     assert f"cannot listen on 127.0.0.1:{port}" in taken
-    assert "--port" in taken
+    assert "see --port" in taken
     missing = softcue("serve", "--port", "0", "--store", tmp_path / "s.db", "--base", tmp_path / "nowhere", code=1)
     assert "no base model at" in missing
     assert "Traceback" not in taken + missing

@@ -168,6 +168,12 @@ class _Display:
         if event.published is not None:
             version = event.published.version
             again = "" if event.published.created else " (the same content was there already)"
-            self._console.print(f"Published as {version.task}@{version.label}{again}.", style="green")
+            name = f"{version.task}@{version.label}"
+            self._console.print(f"Published as {name}, alias {event.alias}{again}.", style="green", soft_wrap=True)
+            self._console.print(
+                f"Ask for it as model {version.task}@{event.alias}. To make it what {version.task} means:\n"
+                f"  softcue prompts alias {version.task} production {version.label}",
+                soft_wrap=True,
+            )
         else:
             self._console.print(f"Nothing was published. {event.report_file.with_suffix('.md')} shows its mistakes.")

@@ -64,7 +64,10 @@ class Findings:
     def lines(self, named: int | None = None) -> list[str]:
         """What a person should know, a line each, with all rows named or the first `named`."""
         found = []
-        for name, rows in (("stand there twice and are used once", self.duplicates), ("do not fit", self.too_long)):
+        for name, rows in (
+            ("stand there twice and are used once", self.duplicates),
+            ("do not fit the context and are left out", self.too_long),
+        ):
             if rows:
                 more = "; …" if named is not None and len(rows) > named else ""
                 found.append(f"{len(rows)} rows {name}: {'; '.join(rows[:named])}{more}")

@@ -77,6 +77,7 @@ class Finished:
     report_file: Path
     prompt_file: Path
     published: Published | None
+    alias: str
 
 
 Event = Started | Step | Validated | Interrupted | Finished
@@ -266,7 +267,7 @@ def _finish(
             principal=principal,
             reason=verdict.sentence(),
         )
-    return Finished(verdict, evaluations, report_file, prompt_file, published)
+    return Finished(verdict, evaluations, report_file, prompt_file, published, recipe.publish.alias)
 
 
 def _stored(prompt: Tensor, recipe: Recipe) -> SoftPrompt:

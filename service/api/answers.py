@@ -93,7 +93,9 @@ def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> 
     """Litestar's own refusals (validation, unknown path, wrong method) in the same shape."""
     message, parameter = str(error.detail), None
     problems = error.extra if isinstance(error.extra, list) else []
-    if problems and isinstance(problems[0], dict):
+    if problems and isinstance(problems[0], dict) and problems[0].get("key") == "data":
+        message = "the body is not a JSON object; send one"
+    elif problems and isinstance(problems[0], dict):
         parameter = str(problems[0].get("key") or "") or None
         message = f"{parameter or 'the body'}: {problems[0].get('message', message)}"
     elif error.status_code == 404:
@@ -103,6 +105,23 @@ def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> 
     kind = INVALID if error.status_code < 500 else UNAVAILABLE
     body = error_body(message, kind, None if error.status_code < 500 else "internal_error", parameter)
     return Response(body, status_code=error.status_code, media_type=MediaType.JSON, headers=error.headers or {})
+
+
+def answer_unreadable(_: Request[Any, Any, Any], error: Exception) -> Response[dict[str, Any]]:
+    """A body that is not UTF-8, or nested so deeply that no parser follows."""
+    what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "nested too deeply"
+    body = error_body(f"the body is {what}; send JSON in UTF-8", INVALID, None)
+    return Response(body, status_code=400, media_type=MediaType.JSON)
+
+
+def require_json(request: Request[Any, Any, Any]) -> None:
+    """Before each request: a body must say that it is JSON, so that no web page can send one without being asked."""
+    given = request.headers.get("content-type", "")
+    if request.method in ("POST", "PUT", "PATCH") and given.partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(
+            status_code=415,
+            detail=f"the content type is '{given}'; send JSON and -H 'content-type: application/json'",
+        )
 
 
 def event(data: Mapping[str, Any]) -> bytes:

@@ -69,7 +69,7 @@ class TaskController(Controller):
         router: NamedDependency[Router],
     ) -> Response[Any]:
         """Answer the task for these inputs. An extract task's answer is parsed and checked against its schema."""
-        target = catalog.resolve_task(task, data.version)
+        target = _target(catalog, task, data.version)
         asked = GenerationRequest(
             id="",
             prompt=router.task_prompt(target, data.inputs),
@@ -95,18 +95,24 @@ class TaskController(Controller):
         router: NamedDependency[Router],
     ) -> Response[dict[str, Any]]:
         """Every label of the task with its probability, the most probable first."""
-        target = catalog.resolve_task(task, data.version)
+        target = _target(catalog, task, data.version)
         prompt = router.task_prompt(target, data.inputs)
         answer = await unless_disconnected(request, router.classify(target, caller_of(request, data.unit), prompt))
         body = {
             "id": answer.id,
-            "task": task,
+            "task": task.partition("@")[0],
             "version": target.label,
             "label": answer.labels[0].label,
             "labels": [{"label": label.label, "probability": label.probability} for label in answer.labels],
             "usage": usage_body(answer.usage),
         }
         return Response(body, headers={"x-softcue-version": target.label, "x-softcue-backend": target.backend})
+
+
+def _target(catalog: Catalog, task: str, version: str | None) -> Target:
+    """`task` and the body's `version`, or both at once as `task@alias` in the path."""
+    name, _, selector = task.partition("@")
+    return catalog.resolve_task(name, version or selector or None)
 
 
 def _task_body(catalog: Catalog, name: str) -> dict[str, Any]:

@@ -218,6 +218,17 @@ class Engine(Protocol):
     def capabilities(self) -> Capabilities: ...
 
 
+def text_size(prompt: Prompt) -> int:
+    """Characters of text in a prompt, or its token ids."""
+    match prompt:
+        case Messages(messages):
+            return sum(len(message.content) for message in messages)
+        case RawText(text):
+            return len(text)
+        case TokenIds(ids):
+            return len(ids)
+
+
 def required_features(request: GenerationRequest) -> dict[str, str]:
     """The features a request needs beyond plain generation, each with the request's field that asks for it."""
     sampling = request.sampling
@@ -234,7 +245,8 @@ def required_features(request: GenerationRequest) -> dict[str, str]:
         "min_tokens": (sampling.min_tokens != 0, "min_tokens"),
         "ignore_eos": (sampling.ignore_eos, "ignore_eos"),
         "stop_token_ids": (bool(sampling.stop_token_ids), "stop_token_ids"),
-        "penalties": (sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0, "frequency_penalty"),
+        "frequency_penalty": (sampling.frequency_penalty != 0.0, "frequency_penalty"),
+        "presence_penalty": (sampling.presence_penalty != 0.0, "presence_penalty"),
         "repetition_penalty": (sampling.repetition_penalty != 1.0, "repetition_penalty"),
         "logit_bias": (bool(sampling.logit_bias), "logit_bias"),
     }

@@ -127,7 +127,7 @@ def test_a_row_that_does_not_fit_the_context_is_named_with_its_length(
     dataset = load(recipe, task, base)
     assert len(dataset.train) + len(dataset.validation) == 22
     (line,) = dataset.findings.lines()
-    assert "1 rows do not fit" in line
+    assert "1 rows do not fit the context and are left out" in line
     assert "train.jsonl:23 has 11" in line
     assert "of 1024" in line
 

@@ -26,6 +26,7 @@ from service.engines.base import (
     SoftPromptReference,
     Usage,
     check_supported,
+    text_size,
 )
 from service.engines.base_model import BaseModel
 from service.engines.errors import (
@@ -64,6 +65,7 @@ _NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0)
 _LONGEST_PAUSE_S = 10.0
 _STEADY_AFTER_S = 60.0
 _STOP_TIMEOUT_S = 5.0
+_LONG_TEXT = 20_000
 
 _News = Output | Scored | EngineError
 
@@ -126,7 +128,7 @@ class LocalEngine:
         check_supported(request, self.capabilities())
         sampling = request.sampling
         sampling.check()
-        token_ids = self._lay_out(request.prompt, request.soft_prompt)
+        token_ids = await self._lay_out(request.prompt, request.soft_prompt)
         command = Submit(
             id=request.id,
             token_ids=token_ids,
@@ -161,7 +163,7 @@ class LocalEngine:
         """Log-probabilities of the continuations; see `ScoreRequest`."""
         if not request.continuations:
             raise InvalidRequest("there is nothing to score; name at least one continuation", parameter="continuations")
-        token_ids = self._lay_out(request.prompt, request.soft_prompt)
+        token_ids = await self._lay_out(request.prompt, request.soft_prompt)
         virtual_tokens = request.soft_prompt.length if request.soft_prompt else 0
         continuations = [self.base.continuation(text) for text in request.continuations]
         self.base.check_length(len(token_ids) + max(map(len, continuations)) - 1, virtual_tokens)
@@ -208,8 +210,11 @@ class LocalEngine:
             context_length=self.base.context_length,
         )
 
-    def _lay_out(self, prompt: Prompt, soft_prompt: SoftPromptReference | None) -> list[int]:
-        token_ids = self.base.lay_out(prompt)
+    async def _lay_out(self, prompt: Prompt, soft_prompt: SoftPromptReference | None) -> list[int]:
+        if text_size(prompt) > _LONG_TEXT:  # the tokenizer lets other threads run meanwhile
+            token_ids = await asyncio.to_thread(self.base.lay_out, prompt)
+        else:
+            token_ids = self.base.lay_out(prompt)
         if soft_prompt is not None:
             self._check_base(soft_prompt)
         self.base.check_length(len(token_ids), soft_prompt.length if soft_prompt else 0)

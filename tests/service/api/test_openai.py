@@ -156,7 +156,9 @@ async def test_models_lists_the_base_tasks_and_versions(client: AsyncTestClient[
         ({"logprobs": True}, 400, "unsupported_parameter", "logprobs"),
         ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
         ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
-        ({"presence_penalty": 0.1}, 400, "unsupported_parameter", "penalty"),
+        ({"presence_penalty": 0.1}, 400, "unsupported_parameter", "presence_penalty is not served"),
+        ({"frequency_penalty": 0.1}, 400, "unsupported_parameter", "frequency_penalty is not served"),
+        ({"max_tokens": 2**70}, 400, "invalid_value", "max_tokens is"),
         ({"logit_bias": {"5": 1}}, 400, "unsupported_parameter", "logit_bias"),
         ({"reasoning_effort": "high"}, 400, "unsupported_parameter", "reasoning_effort"),
         ({"temperature": 9}, 400, "invalid_value", "temperature is 9.0; it must be between 0 and 2"),
@@ -182,8 +184,15 @@ async def test_malformed_bodies_and_unknown_paths_are_answered_in_the_same_shape
     broken = await client.post("/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
     unknown = await client.get("/v1/nothing")
     wrong = await client.get("/v1/chat/completions")
-    assert [response.status_code for response in (broken, unknown, wrong)] == [400, 404, 405]
-    for response in (broken, unknown, wrong):
+    json_type = {"content-type": "application/json"}
+    unreadable = [
+        await client.post("/v1/chat/completions", content=body, headers=json_type)
+        for body in (b"", b"[]", b'{"model": "\xff\xfe"}', b"[" * 100_000, b'{"model": "\\ud800"}')
+    ]
+    plain = await client.post("/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"})
+    assert [response.status_code for response in (broken, unknown, wrong, plain)] == [400, 404, 405, 415]
+    assert [response.status_code for response in unreadable] == [400] * 5
+    for response in (broken, unknown, wrong, plain, *unreadable):
         assert response.json()["error"]["type"] == "invalid_request_error"
 
 

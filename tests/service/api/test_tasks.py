@@ -11,6 +11,7 @@ from prompt_store.prompts.version import TextPayload
 from service.engines.base import Messages
 from service.engines.scripted import ScriptedEngine
 from service.generation_ids import unit_hash, verify
+from tests.conftest import random_prompt
 from tests.service.serving import Store, client_of
 
 
@@ -80,6 +81,20 @@ async def test_a_text_prompt_replaces_the_template(store: Store, engine: Scripte
     assert (body["version"], body["text"]) == ("copy@v2", "p in c")
 
 
+async def test_the_path_or_the_body_names_a_version_and_a_missing_alias_names_those_there_are(
+    store: Store, engine: ScriptedEngine
+) -> None:
+    store.publish("intents", random_prompt(7, 4), alias="candidate")
+    async with client_of(store, engine) as client:
+        path = await post(client, "intents@candidate/classify", inputs={"message": "x"})
+        body = await post(client, "intents/classify", inputs={"message": "x"}, version="candidate")
+        missing = await post(client, "intents@canary/classify", inputs={"message": "x"})
+    assert (path.json()["task"], path.json()["version"]) == ("intents", "intents@v2")
+    assert body.json()["version"] == "intents@v2"
+    known = "intents@production, intents@candidate, intents@v1, intents@v2"
+    assert f"ask for {known}, or point the alias" in missing.json()["error"]["message"]
+
+
 async def test_tasks_are_listed_with_their_aliases_and_versions(client: AsyncTestClient[Any]) -> None:
     listed = (await client.get("/v1/tasks")).json()["data"]
     assert [task["name"] for task in listed] == ["copy", "intents", "query"]
@@ -115,7 +130,7 @@ async def test_a_task_without_a_production_version_says_what_to_do(store: Store,
         response = await post(client, "fresh/generate", inputs={"text": "x"})
         models = [entry["id"] for entry in (await client.get("/v1/models")).json()["data"]]
     assert response.status_code == 404
-    assert "no alias 'production' of task 'fresh'" in response.json()["error"]["message"]
+    assert "no alias 'production' of task 'fresh'; publish a version of it" in response.json()["error"]["message"]
     assert "fresh" not in models
 
 
