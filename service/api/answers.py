@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 from litestar import Request, Response
 from litestar.enums import MediaType
 from litestar.exceptions import HTTPException
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.types import ASGIApp, Receive, Scope, Send
+from pydantic import BaseModel
 
 from prompt_store import errors as store
 from service.engines import errors as engine
@@ -60,6 +62,36 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     routing.NotServed: (404, INVALID, "model_not_found"),
     routing.WrongTaskKind: (400, INVALID, "wrong_task_kind"),
     routing.UnknownGeneration: (404, INVALID, "generation_not_found"),
+}
+
+
+class ErrorDetail(BaseModel):
+    """OpenAI's error: the fact and the remedy, a kind, the parameter at fault and a code where there are any."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+ERRORS: dict[int, ResponseSpec] = {
+    status: ResponseSpec(ErrorBody, description=text, generate_examples=False)
+    for status, text in (
+        (400, "The request is at fault"),
+        (404, "Nothing has that name"),
+        (409, "The version is for another base model"),
+        (413, "The body is too large"),
+        (415, "The body is not JSON"),
+        (429, "Too many requests wait; see retry-after"),
+        (500, "The service failed"),
+        (503, "The engine is away; send the request again"),
+    )
 }
 
 

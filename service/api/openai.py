@@ -12,7 +12,7 @@ from litestar.params import FromPath, JSONBody
 
 from prompt_store.errors import NotFound
 from prompt_store.prompts.version import PromptVersion
-from service.api.answers import DONE, EventStream, event, unless_disconnected
+from service.api.answers import DONE, ERRORS, EventStream, event, unless_disconnected
 from service.api.callers import caller_of
 from service.api.openai_shapes import ChatCompletionBody, CompletionBody, OpenAIBody
 from service.catalog import Catalog, Target
@@ -30,7 +30,7 @@ class OpenAIController(Controller):
     path = "/v1"
     tags = ("OpenAI",)
 
-    @post("/chat/completions", status_code=200)
+    @post("/chat/completions", status_code=200, responses=ERRORS)
     async def chat_completions(
         self,
         request: Request[Any, Any, Any],
@@ -53,7 +53,7 @@ class OpenAIController(Controller):
         )
         return await _answer(request, data, router, target, asked, "chat.completion")
 
-    @post("/completions", status_code=200)
+    @post("/completions", status_code=200, responses=ERRORS)
     async def completions(
         self,
         request: Request[Any, Any, Any],
@@ -79,7 +79,7 @@ class OpenAIController(Controller):
         """The base model, every task, and every version, the way vLLM lists adapters."""
         return {"object": "list", "data": _models(catalog)}
 
-    @get("/models/{model:path}")
+    @get("/models/{model:path}", responses={404: ERRORS[404]})
     async def model(self, model: FromPath[str], catalog: NamedDependency[Catalog]) -> dict[str, Any]:
         """One of them; `task@alias` too."""
         name = model.lstrip("/")

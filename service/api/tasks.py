@@ -14,7 +14,7 @@ from litestar.params import FromPath, JSONBody
 from pydantic import BaseModel, ConfigDict
 
 from prompt_store.prompts.task import Task
-from service.api.answers import DONE, EventStream, event, unless_disconnected
+from service.api.answers import DONE, ERRORS, EventStream, event, unless_disconnected
 from service.api.callers import caller_of
 from service.api.openai import usage_body
 from service.api.openai_shapes import SamplingBody
@@ -53,13 +53,13 @@ class TaskController(Controller):
         tasks = sorted(catalog.snapshot.tasks)
         return {"object": "list", "data": [_task_body(catalog, name) for name in tasks]}
 
-    @get("/{task:str}")
+    @get("/{task:str}", responses={404: ERRORS[404]})
     async def show_task(self, task: FromPath[str], catalog: NamedDependency[Catalog]) -> dict[str, Any]:
         """One task."""
         catalog.task(task)
         return _task_body(catalog, task)
 
-    @post("/{task:str}/generate", status_code=200)
+    @post("/{task:str}/generate", status_code=200, responses=ERRORS)
     async def generate(
         self,
         request: Request[Any, Any, Any],
@@ -85,7 +85,7 @@ class TaskController(Controller):
             await generation.aclose()
         return Response({**_head(generation, target), **_tail(target, text, finish)}, headers=headers)
 
-    @post("/{task:str}/classify", status_code=200)
+    @post("/{task:str}/classify", status_code=200, responses=ERRORS)
     async def classify(
         self,
         request: Request[Any, Any, Any],

@@ -256,6 +256,10 @@ async def test_the_log_has_one_line_a_request_and_no_text(
 async def test_the_api_is_described_under_schema(client: AsyncTestClient[Any]) -> None:
     document = (await client.get("/schema")).json()
     assert document["openapi"].startswith("3.1")
+    chat_responses = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert {"200", "400", "404", "429", "503"} <= set(chat_responses)
+    for status in ("400", "404", "503"):
+        assert chat_responses[status]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health/live", "/metrics"} <= set(
         document["paths"]
     )
