@@ -46,9 +46,9 @@ def gate(minimum_gain: float) -> GateRecipe:
 
 @pytest.mark.parametrize(("direction", "gain"), [("maximise", 0.25), ("minimise", -0.25)])
 def test_the_gate_knows_which_way_is_better(direction: str, gain: float) -> None:
-    metric = Metric(name="m", direction=direction)  # type: ignore[arg-type]
+    metric = Metric(name="m", direction=direction)
     task = Task(
-        name="t", kind="generate", inputs=("x",), messages=[{"role": "user", "content": "{x}"}], metrics=(metric,)  # type: ignore[arg-type, list-item]
+        name="t", kind="generate", inputs=("x",), messages=[{"role": "user", "content": "{x}"}], metrics=(metric,)
     )  # fmt: skip
     verdict = judge(gate(0.25), task, {"m": 0.75}, {"m": 0.5}, "text prompt")
     assert (verdict.gain, verdict.passed) == (gain, gain >= 0.25)

@@ -16,7 +16,7 @@ def digests(registry: Registry) -> list[str]:
 
 
 def move(registry: Registry, selector: str, **options: object) -> Alias:
-    return registry.move_alias(TASK, "production", selector, reason="why", principal=BORIS, **options)  # type: ignore[arg-type]
+    return registry.move_alias(TASK, "production", selector, reason="why", principal=BORIS, **options)
 
 
 def test_an_alias_moves_and_its_history_says_who_when_and_why(registry: Registry, digests: list[str]) -> None:

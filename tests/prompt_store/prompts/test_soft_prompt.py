@@ -169,7 +169,7 @@ def test_nan_and_infinity_are_found_by_their_bits(dtype: str) -> None:
     [
         (SoftPrompt("F32", (2, 2), bytes(15)), "needs 16 bytes but has 15"),
         (SoftPrompt("F32", (0, 2), b""), "each at least 1"),
-        (SoftPrompt("F32", (2,), bytes(8)), r"must be \[P, H\]"),  # type: ignore[arg-type]
+        (SoftPrompt("F32", (2,), bytes(8)), r"must be \[P, H\]"),
         (SoftPrompt("float32", (1, 1), bytes(4)), "dtype 'float32'"),
         (SoftPrompt("F32", (True, 1), bytes(4)), "each at least 1"),
     ],
@@ -192,6 +192,6 @@ def test_the_digest_covers_dtype_shape_and_bytes() -> None:
 
 def test_metadata_that_is_not_text_or_too_long_is_refused() -> None:
     with pytest.raises(InvalidArtifact, match="only text"):
-        encode(prompt(), {"a": 1})  # type: ignore[dict-item]
+        encode(prompt(), {"a": 1})
     with pytest.raises(InvalidArtifact, match="shorten"):
         encode(prompt(), {"a": "x" * MAX_HEADER_BYTES})

@@ -50,4 +50,4 @@ def test_missing_and_unexpected_inputs_are_named() -> None:
 
 def test_an_input_that_is_not_text_is_refused() -> None:
     with pytest.raises(InvalidInputs, match="'title' is int, not text"):
-        render_messages(user("{title}"), {"title": 3})  # type: ignore[dict-item]
+        render_messages(user("{title}"), {"title": 3})

@@ -89,7 +89,7 @@ class Source:
     async def answer(self, connection: Connection) -> None:
         app = EventStream(self.events(), {"x-a": "b"}, self.close).to_asgi_response()
         async with asyncio.timeout(10):
-            await app({}, connection.receive, connection.send)  # type: ignore[arg-type, typeddict-item]
+            await app({}, connection.receive, connection.send)
 
 
 async def test_a_stream_is_sent_whole_and_closed() -> None:

@@ -61,7 +61,7 @@ async def engine(base: BaseModel, loaded: EngineCore) -> AsyncIterator[LocalEngi
 
 
 def request(name: str, text: str = "The house stood", **options: object) -> GenerationRequest:
-    return GenerationRequest(name, RawText(text), **options)  # type: ignore[arg-type]
+    return GenerationRequest(name, RawText(text), **options)
 
 
 async def answer(engine: LocalEngine, asked: GenerationRequest) -> str:
@@ -79,7 +79,7 @@ async def first(engine: LocalEngine, asked: GenerationRequest) -> AsyncIterator[
 async def until(condition: object) -> None:
     """Wait for a condition that the engine brings about."""
     async with asyncio.timeout(20):
-        while not condition():  # type: ignore[operator]  # noqa: ASYNC110 (what is awaited happens elsewhere)
+        while not condition():  # noqa: ASYNC110 (what is awaited happens elsewhere)
             await asyncio.sleep(0)
 
 
@@ -94,7 +94,7 @@ async def test_deltas_are_followed_by_one_finish_with_usage(engine: LocalEngine)
 
 
 async def test_leaving_a_stream_frees_its_slot(engine: LocalEngine) -> None:
-    async with aclosing(await first(engine, request("a", sampling=LONG))):  # type: ignore[type-var]
+    async with aclosing(await first(engine, request("a", sampling=LONG))):
         assert engine.stats().kv_slots_used == 1
     await until(lambda: engine.stats().kv_slots_used == 0)
 
@@ -107,7 +107,7 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(engine: LocalEngine
         await answer(engine, request("one too many"))
     assert refused.value.retry_after_s > 0
     for stream in streams:
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
     assert all([await task for task in waiting])
 
 
@@ -130,7 +130,7 @@ async def test_what_cannot_be_served_is_refused_before_any_compute(
     before = engine.stats().tokens_generated
     asked = {"prompt": RawText("hello"), **changes}
     with pytest.raises(error, match=said):
-        await answer(engine, GenerationRequest("a", **asked))  # type: ignore[arg-type]
+        await answer(engine, GenerationRequest("a", **asked))
     assert engine.stats().tokens_generated == before
 
 
@@ -149,7 +149,7 @@ async def test_a_prompt_that_cannot_be_loaded_fails_its_requests_and_may_be_trie
             raise EngineError("the tensor is damaged")
         return prompt
 
-    reference = SoftPromptReference(prompt.digest, 4, engine.base.fingerprint, load)  # type: ignore[arg-type]
+    reference = SoftPromptReference(prompt.digest, 4, engine.base.fingerprint, load)
     asked = [answer(engine, request(str(i), soft_prompt=reference)) for i in range(3)]
     results = await asyncio.gather(*asked, return_exceptions=True)
     assert [str(result) for result in results] == ["the tensor is damaged"] * 3
@@ -164,7 +164,7 @@ async def test_a_warmed_prompt_is_pinned_until_released_and_loaded_once(engine: 
         loads.append(1)
         return prompt
 
-    reference = SoftPromptReference(prompt.digest, 6, engine.base.fingerprint, load)  # type: ignore[arg-type]
+    reference = SoftPromptReference(prompt.digest, 6, engine.base.fingerprint, load)
     before = engine.stats().prefixes
     await engine.warm(reference)
     assert engine.stats().prefixes == before + 1
@@ -227,7 +227,7 @@ async def test_who_asked_first_may_leave_while_others_wait_for_the_same_prompt(e
 
 
 async def test_extreme_sampling_is_refused_or_served_and_harms_nobody(engine: LocalEngine) -> None:
-    async with aclosing(await first(engine, request("victim", sampling=LONG))) as victim:  # type: ignore[type-var]
+    async with aclosing(await first(engine, request("victim", sampling=LONG))) as victim:
         for wrong in (Sampling(top_k=2**63), Sampling(max_tokens=10**30), Sampling(seed=2**70)):
             with pytest.raises(InvalidRequest):
                 await answer(engine, request("a", sampling=wrong))
@@ -235,7 +235,7 @@ async def test_extreme_sampling_is_refused_or_served_and_harms_nobody(engine: Lo
         assert await answer(engine, request("a", sampling=tiny)) == await answer(
             engine, request("b", sampling=Sampling(max_tokens=5))
         )
-        assert isinstance(await anext(victim), Delta)  # type: ignore[call-overload]
+        assert isinstance(await anext(victim), Delta)
     assert engine.stats().restarts == 0
 
 
@@ -318,7 +318,7 @@ async def test_whatever_loading_raises_ends_the_first_start_with_the_reason(base
 
 
 async def test_two_requests_with_one_id_are_told_apart_by_refusing_the_second(engine: LocalEngine) -> None:
-    async with aclosing(await first(engine, request("same", sampling=LONG))):  # type: ignore[type-var]
+    async with aclosing(await first(engine, request("same", sampling=LONG))):
         with pytest.raises(InvalidRequest, match="running already"):
             await answer(engine, request("same"))
 

@@ -37,7 +37,7 @@ def oracle(base: BaseModel) -> Oracle:
 @pytest.fixture
 def make_core(base: BaseModel) -> Callable[..., EngineCore]:
     def make(**options: int) -> EngineCore:
-        return EngineCore.load(base, EngineOptions(**options))  # type: ignore[arg-type]
+        return EngineCore.load(base, EngineOptions(**options))
 
     return make
 
@@ -220,7 +220,7 @@ def save_base(folder: Path, model: torch.nn.Module) -> BaseModel:
     folder.mkdir()
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / file).write_bytes((BASE_FOLDER / file).read_bytes())
-    model.save_pretrained(folder)  # type: ignore[operator]
+    model.save_pretrained(folder)
     return open_base_model(folder)
 
 

@@ -11,7 +11,7 @@ LOGITS = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.1]))
 
 
 def draw(count: int, **options: float) -> Counter[int]:
-    row = RowSampling(seed=1, **options)  # type: ignore[arg-type]
+    row = RowSampling(seed=1, **options)
     return Counter(choose(LOGITS[None], [row])[0] for _ in range(count))
 
 
