@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -130,7 +131,7 @@ def create_app(
         },
         openapi_config=OpenAPIConfig(
             title="Softcue",
-            version="0.1.0",
+            version=importlib.metadata.version("softcue"),
             path="/schema",
             render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"]), YamlRenderPlugin()],
         ),

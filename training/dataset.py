@@ -163,7 +163,7 @@ def _parse(line: str, place: str, task: Task, validator: Draft202012Validator | 
     """The example of a line, or the reason why there is none."""
     try:
         row: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
     if not isinstance(row, dict) or set(row) != {"inputs", "answer"}:
         return 'not of the form {"inputs": {...}, "answer": "..."}'
@@ -181,7 +181,7 @@ def _parse(line: str, place: str, task: Task, validator: Draft202012Validator | 
     if validator is not None:
         try:
             problem = next(validator.iter_errors(json.loads(answer)), None)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"answer is not JSON: {error}"
         if problem is not None:
             return f"answer does not fit the task's schema: {problem.message}"

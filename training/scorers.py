@@ -45,5 +45,5 @@ SCORERS: Mapping[str, Scorer] = {
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # an answer may also be nested beyond what any parser follows
         return _NOT_JSON

@@ -144,9 +144,11 @@ def _extracted(task: Task, text: str) -> dict[str, Any]:
     """`parsed` is the answer as JSON where it is valid for the task's schema; else null, and `invalid` says why."""
     try:
         parsed = json.loads(text)
+        problem = next(Draft202012Validator(task.json_schema or {}).iter_errors(parsed), None)
     except ValueError as error:
         return {"parsed": None, "invalid": f"the answer is not JSON: {error}"}
-    problem = next(Draft202012Validator(task.json_schema or {}).iter_errors(parsed), None)
+    except RecursionError:
+        return {"parsed": None, "invalid": "the answer is nested too deeply to be read"}
     if problem is not None:
         return {"parsed": None, "invalid": f"the answer does not fit the task's schema: {problem.message}"}
     return {"parsed": parsed, "invalid": None}

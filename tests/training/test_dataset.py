@@ -37,6 +37,7 @@ GOOD: dict[str, Any] = {"inputs": {"message": "x"}, "answer": "red"}
     ("line", "said"),
     [
         ("{", "not JSON"),
+        pytest.param("[" * 100_000, "not JSON", id="nested too deeply"),
         ("[]", 'not of the form {"inputs"'),
         ('{"inputs": {"message": "x"}}', 'not of the form {"inputs"'),
         ('{"inputs": {"message": "x"}, "answer": ""}', "answer is not a text, or empty"),

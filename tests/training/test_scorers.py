@@ -37,7 +37,13 @@ def test_field_coverage_counts_the_fields_that_the_expected_answer_quotes() -> N
 
 
 def test_json_validity() -> None:
-    assert [json_validity(example(""), text) for text in ("{}", "null", "{", "")] == [1.0, 1.0, 0.0, 0.0]
+    assert [json_validity(example(""), text) for text in ("{}", "null", "{", "", "[" * 100_000)] == [
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 def gate(minimum_gain: float) -> GateRecipe:

@@ -13,6 +13,8 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Literal, cast
 
+import msgspec
+
 from service.engines.base import (
     Capabilities,
     Delta,
@@ -190,18 +192,8 @@ class LocalEngine:
         self._prompts.release(digest)
 
     def stats(self) -> EngineStats:
-        stats = self._stats
-        return EngineStats(
-            ready=self._ready.is_set() and not self._closing.is_set() and self._refused is None,
-            waiting=stats.waiting,
-            running=stats.running,
-            kv_slots=stats.kv_slots,
-            kv_slots_used=stats.kv_slots_used,
-            prefixes=stats.prefixes,
-            prefix_bytes=stats.prefix_bytes,
-            tokens_generated=stats.tokens_generated,
-            restarts=self._restarts,
-        )
+        ready = self._ready.is_set() and not self._closing.is_set() and self._refused is None
+        return EngineStats(ready=ready, restarts=self._restarts, **msgspec.structs.asdict(self._stats))
 
     def capabilities(self) -> Capabilities:
         return Capabilities(

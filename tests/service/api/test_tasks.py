@@ -51,6 +51,7 @@ async def test_a_stream_ends_with_the_whole_answers_tail(client: AsyncTestClient
         ('{"table": "orders"}', {"table": "orders"}, None),
         ('{"table": 3}', None, "the answer does not fit the task's schema: 3 is not of type 'string'"),
         ("SELECT", None, "the answer is not JSON"),
+        pytest.param("[" * 100_000 + "]" * 100_000, None, "the answer is nested too deeply", id="nested too deeply"),
     ],
 )
 async def test_an_extracted_answer_is_parsed_and_checked(

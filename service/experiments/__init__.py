@@ -1,1 +1,0 @@
-"""Experiments: assignment, statistics and decisions, as pure functions. Reserved: no route splits yet."""
