@@ -54,7 +54,7 @@ def main() -> None:
                 request = waiting.pop()
                 running.add(str(request))
                 prompt = str(request % PROMPTS)
-                core.submit(Submit(str(request), texts[request], prompt, NEW_TOKENS, 0.0, 1.0, 0, None, []))
+                core.submit(Submit(str(request), texts[request], prompt, NEW_TOKENS))
             for output in core.step().outputs:
                 made += len(output.token_ids)
                 if output.finish_reason is not None:

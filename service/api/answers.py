@@ -56,6 +56,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     engine.InvalidRequest: (400, INVALID, "invalid_value"),
     engine.WrongBase: (409, INVALID, "base_mismatch"),
     engine.GenerationFailed: (500, UNAVAILABLE, "generation_failed"),
+    engine.DeadlineExceeded: (504, UNAVAILABLE, "deadline_exceeded"),
     engine.QueueFull: (429, RATE_LIMIT, "queue_full"),
     engine.EngineUnavailable: (503, UNAVAILABLE, "engine_unavailable"),
     routing.RoutingError: (500, UNAVAILABLE, "routing_error"),
@@ -91,6 +92,7 @@ ERRORS: dict[int, ResponseSpec] = {
         (429, "Too many requests wait; see retry-after"),
         (500, "The service failed"),
         (503, "The engine is away; send the request again"),
+        (504, "The request's own deadline passed"),
     )
 }
 

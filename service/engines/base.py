@@ -17,6 +17,10 @@ from service.engines.errors import InvalidRequest, UnsupportedFeature
 
 FinishReason = Literal["stop", "length"]
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKENS = 64
+MAX_BIASED_TOKENS = 1024
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
 _MANY = 2**31
 
 
@@ -69,7 +73,6 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    # Reserved: refused by `required_features` until an engine serves them.
     min_p: float = 0.0
     min_tokens: int = 0
     ignore_eos: bool = False
@@ -79,16 +82,31 @@ class Sampling:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Raise InvalidRequest for the first value that is out of its range."""
+    def check(self, *, fewest: int = 1) -> None:
+        """Raise InvalidRequest for the first value that is out of its range.
+
+        `fewest` is the least `max_tokens` that makes sense: 0 where only the prompt's log-probabilities are wanted.
+        """
         checks = (
-            (1 <= self.max_tokens < _MANY, "max_tokens", f"at least 1 and below {_MANY}"),
+            (fewest <= self.max_tokens < _MANY, "max_tokens", f"at least {fewest} and below {_MANY}"),
             (0.0 <= self.temperature <= 2.0, "temperature", "between 0 and 2"),
             (0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1"),
             (0 <= self.top_k < _MANY, "top_k", f"0 (off) or more, below {_MANY}"),
             (self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer"),
             (len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings"),
             (all(self.stop), "stop", "strings that are not empty"),
+            (0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1"),
+            (0 <= self.min_tokens <= self.max_tokens, "min_tokens", "0 or more, and at most max_tokens"),
+            (len(self.stop_token_ids) <= MAX_STOP_TOKENS, "stop_token_ids", f"at most {MAX_STOP_TOKENS} token ids"),
+            (-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2"),
+            (-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2"),
+            (0.0 < self.repetition_penalty <= 10.0, "repetition_penalty", "above 0 and at most 10"),
+            (len(self.logit_bias) <= MAX_BIASED_TOKENS, "logit_bias", f"at most {MAX_BIASED_TOKENS} tokens"),
+            (
+                all(-100.0 <= bias <= 100.0 for bias in self.logit_bias.values()),
+                "logit_bias",
+                "each between -100 and 100",
+            ),
         )
         for holds, name, expected in checks:
             if not holds:
@@ -97,15 +115,22 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class ResponseFormat:
-    """The form an answer must take; a JSON schema for `json_schema`."""
+    """The form an answer must take: a JSON schema for `json_schema`, a pattern for `regex`, texts for `choice`."""
 
-    kind: Literal["text", "json_object", "json_schema"] = "text"
+    kind: Literal["text", "json_object", "json_schema", "regex", "choice"] = "text"
     json_schema: Mapping[str, Any] | None = None
+    regex: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One question to an engine."""
+    """One question to an engine.
+
+    `logprobs` and `prompt_logprobs` say how many alternatives come with each token's log-probability; None wants none.
+    `stream` says whether text is wanted as it is made; otherwise an engine may bring all of it at the end. `task` is
+    whom it counts for when tasks share an engine fairly. `deadline_s` is the time it may take, from now on.
+    """
 
     id: str
     prompt: Prompt
@@ -120,6 +145,8 @@ class GenerationRequest:
     response_format: ResponseFormat = ResponseFormat()
     tools: tuple[Mapping[str, Any], ...] = ()
     deadline_s: float | None = None
+    stream: bool = True
+    task: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +158,17 @@ class ScoreRequest:
     continuations: tuple[str, ...]
     soft_prompt: SoftPromptReference | None = None
     principal: Principal = ANONYMOUS
+    deadline_s: float | None = None
+    task: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """`log_probabilities[i]` is the natural logarithm of continuation i's probability."""
+    """`log_probabilities[i]` is the natural logarithm of continuation i's probability, of `lengths[i]` tokens."""
 
     log_probabilities: tuple[float, ...]
     usage: Usage
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,22 +181,53 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural log-probability, and the most probable tokens in its place, the first one first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """The prompt as it was laid out; comes first where `echo` or `prompt_logprobs` asked for it.
+
+    `logprobs` has an entry a token where `prompt_logprobs` asked for them. The first is None unless a soft prompt
+    stands before it.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """More text. `text` may be empty while a character is incomplete."""
+    """More of choice `index`. `text` may be empty while a character is incomplete.
+
+    `finish_reason` is set on the last delta of each choice.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a generation; nothing follows it."""
+    """The end of a generation, after the last delta of every choice; nothing follows it.
+
+    `reason` is that of the first choice; usage counts all of them.
+    """
 
     reason: FinishReason
     usage: Usage
 
 
-GenerationEvent = Delta | Finish
+GenerationEvent = Prompted | Delta | Finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +257,9 @@ class EngineStats:
 class Engine(Protocol):
     """Makes tokens.
 
-    `generate` yields deltas and then one Finish, or raises an EngineError; leaving the iterator early (`aclose`)
-    cancels the generation and frees what it held. `warm` makes a soft prompt ready so that the next request does not
-    pay for it, and keeps it until `release`.
+    `generate` yields deltas (a Prompted before them where asked for) and then one Finish, or raises an EngineError;
+    leaving the iterator early (`aclose`) cancels the generation and frees what it held. `warm` makes a soft prompt
+    ready so that the next request does not pay for it, and keeps it until `release`.
     """
 
     async def start(self) -> None: ...

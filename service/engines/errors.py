@@ -8,6 +8,7 @@ EngineError
 │   ├── InvalidRequest        a value is out of its range
 │   └── WrongBase             the soft prompt belongs to another base model
 ├── GenerationFailed          this generation alone failed inside the engine
+├── DeadlineExceeded          the request's own deadline passed before its last token
 ├── QueueFull                 too many requests wait; try again after `retry_after_s`
 └── EngineUnavailable         the engine is starting, stopping or was lost; the same request may be sent again
 """
@@ -58,6 +59,10 @@ class WrongBase(RequestError):
 
 class GenerationFailed(EngineError):
     """The engine could not finish this generation; others in its batch are not affected."""
+
+
+class DeadlineExceeded(EngineError):
+    """The request's deadline passed before it had ended."""
 
 
 class QueueFull(EngineError):

@@ -118,7 +118,7 @@ class Generation:
                     if isinstance(event, Delta):
                         made += len(event.token_ids)
                         self.record.first_token()
-                    else:
+                    elif isinstance(event, Finish):
                         outcome, usage = event.reason, event.usage
                     yield event
                     if isinstance(event, Finish):
@@ -142,5 +142,6 @@ class Generation:
             async for event in events:
                 if isinstance(event, Finish):
                     return "".join(pieces), event
-                pieces.append(event.text)
+                if isinstance(event, Delta):
+                    pieces.append(event.text)
         raise AssertionError("an engine ended a generation without a Finish")

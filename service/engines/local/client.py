@@ -44,6 +44,7 @@ from service.engines.local.known_prompts import KnownPrompts
 from service.engines.local.messages import (
     LENGTH_BYTES,
     Cancel,
+    Choosing,
     Command,
     Event,
     Output,
@@ -136,10 +137,7 @@ class LocalEngine:
             token_ids=token_ids,
             soft_prompt=request.soft_prompt.digest if request.soft_prompt else None,
             max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
+            choosing=Choosing(sampling.temperature, sampling.top_p, sampling.top_k, seed=sampling.seed),
             stop=list(sampling.stop),
         )
         news = await self._admit(request.id, request.soft_prompt)

@@ -81,7 +81,9 @@ class EngineCore:
 
     def register(self, command: Register) -> None:
         """Know a soft prompt. Raises ValueError or RuntimeError when the model cannot take it."""
-        prompt = SoftPrompt(command.dtype, command.shape, command.data)
+        if len(command.shape) != 2:
+            raise ValueError(f"prompt has shape {list(command.shape)}; only soft prompts [P, H] are served")
+        prompt = SoftPrompt(command.dtype, (command.shape[0], command.shape[1]), command.data)
         flat = torch.frombuffer(bytearray(prompt.data), dtype=_TORCH_DTYPES[prompt.dtype])
         embeddings = flat.reshape(prompt.shape).float()
         if embeddings.shape[1] != self._base.hidden_size:
@@ -101,7 +103,8 @@ class EngineCore:
         """Queue a generation."""
         sequence = self._enqueue(command)
         if sequence is not None:
-            sampling = RowSampling(command.temperature, command.top_p, command.top_k, command.seed)
+            choosing = command.choosing
+            sampling = RowSampling(choosing.temperature, choosing.top_p, choosing.top_k, choosing.seed)
             detokenizer = Detokenizer(self._base.tokenizer, tuple(command.stop))
             self._work[command.id] = _Generation(sequence, command.max_tokens, sampling, detokenizer)
 

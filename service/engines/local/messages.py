@@ -5,24 +5,58 @@ The same frames travel to an engine in a process of its own and to one in a thre
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 
 
+class Choosing(msgspec.Struct, frozen=True):
+    """How the next token is chosen; the fields are those of `base.Sampling`."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = []
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must fit. `text` is a JSON schema, a regular expression, or a JSON list of choices."""
+
+    kind: Literal["json_schema", "regex", "choice"]
+    text: str
+
+
 class Submit(msgspec.Struct, tag=True, frozen=True):
-    """Generate after these tokens. `soft_prompt` is a digest that `Register` has named before."""
+    """Generate after these tokens. `soft_prompt` is a digest that `Register` has named before.
+
+    `n` answers share the prompt. `logprobs` and `prompt_logprobs` count alternatives, None wants none. Without
+    `stream`, all of an answer comes at its end. `task` is whom it counts for when tasks share the engine fairly.
+    """
 
     id: str
     token_ids: list[int]
-    soft_prompt: str | None
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
-    stop: list[str]
+    soft_prompt: str | None = None
+    max_tokens: int = 128
+    choosing: Choosing = Choosing()
+    stop: list[str] = []
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    stream: bool = True
+    deadline_s: float | None = None
+    task: str = ""
 
 
 class Score(msgspec.Struct, tag=True, frozen=True):
@@ -32,6 +66,8 @@ class Score(msgspec.Struct, tag=True, frozen=True):
     token_ids: list[int]
     soft_prompt: str | None
     continuations: list[list[int]]
+    deadline_s: float | None = None
+    task: str = ""
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
@@ -39,11 +75,14 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
 
 
 class Register(msgspec.Struct, tag=True, frozen=True):
-    """Bring a soft prompt's tensor; `pinned` also computes its KV now and keeps it."""
+    """Bring a prompt's tensor; `pinned` also computes its KV now and keeps it.
+
+    A soft prompt has shape [P, H], a prefix (keys and values of every layer) [L, 2, KV heads, P, D].
+    """
 
     digest: str
     dtype: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     data: bytes
     pinned: bool
 
@@ -84,13 +123,30 @@ class StartFailed(msgspec.Struct, tag=True, frozen=True):
     permanent: bool
 
 
-class Output(msgspec.Struct, frozen=True):
-    """News of one generation. `finish_reason` is set on the last."""
+class Logprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token's log-probability, and the most probable tokens in its place with theirs."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class Output(msgspec.Struct, frozen=True, omit_defaults=True):
+    """News of one choice of a generation. `finish_reason` is set on the choice's last."""
 
     id: str
     text: str
     token_ids: list[int]
     finish_reason: str | None = None
+    index: int = 0
+    logprobs: list[Logprob] = []
+
+
+class PromptScored(msgspec.Struct, frozen=True):
+    """The log-probabilities of a prompt's tokens; None for a first token that nothing stands before."""
+
+    id: str
+    logprobs: list[Logprob | None]
 
 
 class Scored(msgspec.Struct, frozen=True):
@@ -101,6 +157,7 @@ class Scored(msgspec.Struct, frozen=True):
 class Failure(msgspec.Struct, frozen=True):
     id: str
     message: str
+    kind: Literal["failed", "deadline", "invalid"] = "failed"
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):
@@ -110,6 +167,7 @@ class Step(msgspec.Struct, tag=True, frozen=True):
     scored: list[Scored]
     failures: list[Failure]
     stats: Stats
+    prompts: list[PromptScored] = []
 
 
 class Registered(msgspec.Struct, tag=True, frozen=True):

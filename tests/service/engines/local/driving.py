@@ -8,7 +8,7 @@ from typing import Any
 
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from service.engines.local.engine import EngineCore
-from service.engines.local.messages import Register, Score, Submit
+from service.engines.local.messages import Choosing, Register, Score, Submit
 
 
 @dataclass
@@ -31,11 +31,12 @@ def register(core: EngineCore, prompt: SoftPrompt, *, pinned: bool = True) -> st
     return prompt.digest
 
 
+CHOOSING = set(Choosing.__struct_fields__)
+
+
 def submit(core: EngineCore, name: str, ids: list[int], soft_prompt: str | None = None, **options: Any) -> None:
-    defaults: dict[str, Any] = {
-        "max_tokens": 24, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": None, "stop": [],
-    }  # fmt: skip
-    core.submit(Submit(name, ids, soft_prompt, **{**defaults, **options}))
+    choosing = Choosing(**{key: options.pop(key) for key in CHOOSING & set(options)})
+    core.submit(Submit(name, ids, soft_prompt, choosing=choosing, **{"max_tokens": 24, **options}))
 
 
 def score(core: EngineCore, name: str, ids: list[int], soft_prompt: str | None, continuations: Rows[list[int]]) -> None:
