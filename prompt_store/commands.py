@@ -18,7 +18,7 @@ from prompt_store.errors import BaseMismatch, InvalidArtifact, StoreError
 from prompt_store.names import RemoteModel, parse_model_name
 
 if TYPE_CHECKING:
-    from prompt_store.prompts.registry import Registry, StoreSnapshot
+    from prompt_store.prompts.registry import Published, Registry, StoreSnapshot
     from prompt_store.prompts.version import PromptVersion
 
 DEFAULT_STORE = ".softcue/softcue.db"
@@ -208,15 +208,33 @@ def publish(
             reason,
             command_line_principal(),
         )
-        version = published.version
-        if as_json:
-            document = _version_document(version, registry.snapshot())
-            _print_json({**document, "created": published.created})
-            return
-        fact = "published as" if published.created else "is already"
-        typer.echo(f"{file} {fact} {version.task}@{version.label} ({version.digest[:12]})")
-        if alias is not None:
-            typer.echo(f"{version.task}@{alias} is {version.label}")
+        _print_published(str(file), published, alias, registry, as_json)
+
+
+@app.command()
+def ensemble(
+    task: TaskArgument,
+    members: Annotated[list[str], typer.Argument(metavar="SELECTOR...", help="Soft-prompt versions of the task.")],
+    vote: Annotated[str, typer.Option(metavar="majority|mean_logprob", help="How one answer comes of theirs.")] = (
+        "majority"
+    ),
+    alias: Annotated[str | None, typer.Option(help="Point this alias at it.")] = None,
+    notes: Annotated[str, typer.Option(help="Notes kept with the version.")] = "",
+    reason: Annotated[str, typer.Option(help="Why, for the history.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish versions that answer together as a new version of their task."""
+    from prompt_store.prompts.registry import NewVersion
+    from prompt_store.prompts.version import parse_ensemble
+
+    with _opened(store) as registry:
+        versions = [registry.version(task, selector) for selector in members]
+        payload = parse_ensemble([version.digest for version in versions], versions[0].base_fingerprint, vote)
+        published = registry.publish(
+            NewVersion(task=task, payload_content=payload, notes=notes), alias, reason, command_line_principal()
+        )
+        _print_published("the ensemble", published, alias, registry, as_json)
 
 
 @app.command("alias")
@@ -330,6 +348,17 @@ def _opened(store: str, *, create: bool = False) -> Iterator[Registry]:
     except StoreError as error:
         typer.secho(" ".join(str(error).split()), fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from None
+
+
+def _print_published(what: str, published: Published, alias: str | None, registry: Registry, as_json: bool) -> None:
+    version = published.version
+    if as_json:
+        _print_json({**_version_document(version, registry.snapshot()), "created": published.created})
+        return
+    fact = "published as" if published.created else "is already"
+    typer.echo(f"{what} {fact} {version.task}@{version.label} ({version.digest[:12]})")
+    if alias is not None:
+        typer.echo(f"{version.task}@{alias} is {version.label}")
 
 
 def _aliases_of(version: PromptVersion, snapshot: StoreSnapshot) -> list[str]:

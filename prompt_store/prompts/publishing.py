@@ -39,7 +39,8 @@ from prompt_store.tables import tasks, tensors, version_tensors, versions
 class NewVersion:
     """What is to be published. `task_revision` is the digest of the revision it answers, by default the current one.
 
-    A soft prompt needs `base_fingerprint`; a text prompt may name the base it was judged on.
+    A soft prompt needs `base_fingerprint`; a text prompt may name the base it was judged on. An ensemble answers the
+    revision that its members answer, and brings their base.
     """
 
     task: str
@@ -97,9 +98,12 @@ def prepare(connection: Connection, new: NewVersion, alias: str | None) -> Prepa
         payload, needed = content, {}
         if base is not None and provenance.base_fingerprint is None:
             provenance = provenance.model_copy(update={"base_fingerprint": base.fingerprint})
+    elif isinstance(content, EnsemblePayload):
+        revision = _ensemble_revision(connection, content, new)
+        payload, needed = _in_order(content), {}
     else:
         raise NotYetSupported(
-            f"a {content.kind} payload cannot be published yet; publish a soft prompt or a text prompt"
+            f"a {content.kind} payload cannot be published yet; publish a soft prompt, a text prompt or an ensemble"
         )
     return Prepared(
         digest=version_digest(revision.digest, payload),
@@ -200,6 +204,35 @@ def _check_text(payload: TextPayload, revision: TaskRevision) -> None:
             f"the text prompt uses {{{unknown[0]}}}, which is not an input of task {revision.task.name!r}; "
             f"use {', '.join(revision.task.inputs) or 'no placeholder'}, or apply a task that has it"
         )
+
+
+def _in_order(payload: EnsemblePayload) -> EnsemblePayload:
+    # Members have no order, so the same set in another one is the same version.
+    return payload.model_copy(update={"members": tuple(sorted(payload.members))})
+
+
+def _ensemble_revision(connection: Connection, payload: EnsemblePayload, new: NewVersion) -> TaskRevision:
+    """The revision that all members answer. Raises UnknownVersion, BaseMismatch or InvalidArtifact."""
+    if len(set(payload.members)) < len(payload.members):
+        raise InvalidArtifact("an ensemble names a member twice; name each version once")
+    members = [read_version(connection, digest) for digest in payload.members]
+    for member in members:
+        where = f"member {member.label} ({member.digest[:12]}) of the ensemble"
+        if member.task != new.task:
+            raise InvalidArtifact(f"{where} belongs to task {member.task!r}, not {new.task!r}; name versions of one")
+        if not isinstance(member.payload, SoftPromptPayload):
+            raise InvalidArtifact(f"{where} is of kind {member.payload.kind!r}; name soft prompts")
+        if member.base_fingerprint != payload.base_fingerprint:
+            raise BaseMismatch(
+                f"{where} was tuned on base {member.payload.base_fingerprint[:12]}, not "
+                f"{payload.base_fingerprint[:12]}; name members of one base"
+            )
+        if member.task_revision != (new.task_revision or members[0].task_revision):
+            raise InvalidArtifact(
+                f"{where} answers revision {member.task_revision[:12]} of the task and not that of the others, so one "
+                "request cannot be laid out for all; name members of one revision"
+            )
+    return read_revision(connection, members[0].task_revision)
 
 
 def _text_of(what: str, document: dict[str, Any]) -> str:

@@ -1,21 +1,26 @@
 """A PromptVersion: an immutable, content-addressed answer to one task revision, and what its digest covers.
 
-The payload is a tagged union by `kind`. Today soft prompts and text prompts can be published; the other kinds are
+The payload is a tagged union by `kind`. Soft prompts, text prompts and ensembles can be published; the other kinds are
 shapes that the registry refuses until something serves them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from prompt_store.canonical import canonical_digest
+from prompt_store.errors import InvalidArtifact
 from prompt_store.prompts.template import Message
 
 VERSION_SCHEMA = "softcue.version/1"
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+Vote = Literal["majority", "mean_logprob"]
+MAX_MEMBERS = 64
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -79,18 +84,37 @@ class RemoteModelPayload(BaseModel):
 
 
 class EnsemblePayload(BaseModel):
-    """Reserved: versions of one task that answer together."""
+    """Soft-prompt versions of one task and base that answer together, by their digests.
+
+    `vote` says how one answer comes of theirs: what most of them say, or what has the highest mean log-probability.
+    """
 
     model_config = _FROZEN
 
     kind: Literal["ensemble"] = "ensemble"
-    members: tuple[Digest, ...] = Field(min_length=2)
+    members: tuple[Digest, ...] = Field(min_length=2, max_length=MAX_MEMBERS)
+    base_fingerprint: str
+    vote: Vote = "majority"
 
 
 Payload = Annotated[
     SoftPromptPayload | PrefixPayload | TextPayload | RemoteModelPayload | EnsemblePayload, Field(discriminator="kind")
 ]
 PAYLOAD: TypeAdapter[Payload] = TypeAdapter(Payload)
+
+
+def parse_ensemble(members: Sequence[str], base_fingerprint: str | None, vote: str) -> EnsemblePayload:
+    """An ensemble of versions by their digests. Raises InvalidArtifact saying what is wrong with it."""
+    try:
+        return EnsemblePayload.model_validate(
+            {"members": tuple(members), "base_fingerprint": base_fingerprint, "vote": vote}
+        )
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        raise InvalidArtifact(
+            f"this is no ensemble: {problem['loc'][0]}: {problem['msg']}; name 2 to {MAX_MEMBERS} soft-prompt versions "
+            "of one base, and vote by majority or mean_logprob"
+        ) from error
 
 
 class DatasetUse(BaseModel):
@@ -146,7 +170,7 @@ class PromptVersion(BaseModel):
 
 
 def payload_base(payload: Payload) -> str | None:
-    return payload.base_fingerprint if isinstance(payload, SoftPromptPayload | PrefixPayload) else None
+    return None if isinstance(payload, TextPayload | RemoteModelPayload) else payload.base_fingerprint
 
 
 def payload_tensors(payload: Payload) -> dict[str, str]:
@@ -160,7 +184,7 @@ def version_digest(task_revision: str, payload: Payload) -> str:
     """SHA-256 over canonical JSON of schema, kind, task revision, base, placement, tensor digests and other content.
 
     Every key is always present, null where a kind has nothing to say. A tensor digest covers dtype and shape, so they
-    are not repeated; `content` holds what is neither tensor nor binding: messages, a remote id, members.
+    are not repeated; `content` holds what is neither tensor nor binding: messages, a remote id, members and vote.
     """
     content: Any = None
     if isinstance(payload, TextPayload):
@@ -168,7 +192,7 @@ def version_digest(task_revision: str, payload: Payload) -> str:
     elif isinstance(payload, RemoteModelPayload):
         content = {"provider": payload.provider, "model": payload.model}
     elif isinstance(payload, EnsemblePayload):
-        content = list(payload.members)
+        content = {"members": list(payload.members), "vote": payload.vote}
     return canonical_digest(
         {
             "schema": VERSION_SCHEMA,

@@ -69,6 +69,21 @@ def test_a_prompt_goes_from_file_to_production(shell: Shell) -> None:
     assert "candidate=v1, production=v1" in shell.run("tasks")
 
 
+def test_versions_are_published_as_an_ensemble(shell: Shell) -> None:
+    for seed in (1, 2):
+        shell.run("publish", "support_intents", shell.artifact(seed, base_fingerprint=BASE.fingerprint))
+    told = shell.run("ensemble", "support_intents", "v1", "v2", "--vote", "mean_logprob", "--alias", "candidate")
+    assert "the ensemble published as support_intents@v3" in told
+    assert "support_intents@candidate is v3" in told
+    shown = shell.json("show", "support_intents@candidate")
+    members = sorted(shell.json("show", f"support_intents@{label}")["digest"] for label in ("v1", "v2"))
+    assert (shown["payload"]["members"], shown["payload"]["vote"]) == (members, "mean_logprob")
+    assert "names a member twice" in shell.fail("ensemble", "support_intents", "v1", "v1")
+    assert "at least 2 items" in shell.fail("ensemble", "support_intents", "v1")
+    assert "vote by majority or mean_logprob" in shell.fail("ensemble", "support_intents", "v1", "v2", "--vote", "all")
+    assert "is of kind 'ensemble'; name soft prompts" in shell.fail("ensemble", "support_intents", "v1", "v3")
+
+
 def test_everything_is_there_as_json(shell: Shell) -> None:
     path = shell.artifact(1, task="support_intents", base_fingerprint=BASE.fingerprint, notes="from file")
     published = shell.json("publish", "support_intents", path, "--alias", "production")

@@ -119,6 +119,39 @@ def test_a_text_prompt_is_published_for_any_base(registry: Registry) -> None:
         registry.soft_prompt(published.version.digest)
 
 
+def ensemble(*members: str, base: str = BASE.fingerprint) -> EnsemblePayload:
+    return EnsemblePayload(members=members, base_fingerprint=base)
+
+
+def test_an_ensemble_answers_the_revision_of_its_members_in_whatever_order_they_are_named(registry: Registry) -> None:
+    one, two = (publish(registry, seed=seed).version for seed in (1, 2))
+    registry.apply_task(task(description="edited"), ANNA)
+    first = publish(registry, payload_content=ensemble(one.digest, two.digest), base_fingerprint=None)
+    again = publish(registry, payload_content=ensemble(two.digest, one.digest), alias="production")
+    assert (first.version.task_revision, first.version.base_fingerprint) == (one.task_revision, BASE.fingerprint)
+    assert (again.created, again.version) == (False, first.version)
+    assert registry.version("support_intents", "production").payload == first.version.payload
+
+
+def test_an_ensembles_members_share_task_revision_and_base_and_are_soft_prompts(registry: Registry) -> None:
+    registry.register_base(OTHER_BASE, ANNA)
+    one = publish(registry, seed=1).version
+    elsewhere = publish(registry, seed=2, base_fingerprint=OTHER_BASE.fingerprint).version
+    words = publish(registry, payload_content=text()).version
+    registry.apply_task(task("other"), ANNA)
+    foreign = registry.publish(NewVersion("other", prompt(3), BASE.fingerprint), None, "", ANNA).version
+    registry.apply_task(task(description="edited"), ANNA)
+    later = publish(registry, seed=4).version
+    for member, error, said in (
+        (elsewhere, BaseMismatch, "was tuned on base"),
+        (words, InvalidArtifact, "is of kind 'text'; name soft prompts"),
+        (foreign, InvalidArtifact, "belongs to task 'other'"),
+        (later, InvalidArtifact, "not that of the others"),
+    ):
+        with pytest.raises(error, match=said):
+            publish(registry, payload_content=ensemble(one.digest, member.digest))
+
+
 BAD: list[tuple[dict[str, Any], type[StoreError], str]] = [
     ({"payload_content": prompt(hidden_size=8)}, BaseMismatch, "H=8 but base 'demo-base' has H=16; retrain it"),
     ({"payload_content": prompt(length=64)}, BaseMismatch, "P=64 virtual tokens but .* context of 64"),
@@ -132,7 +165,8 @@ BAD: list[tuple[dict[str, Any], type[StoreError], str]] = [
     ({"report": {"loss": float("nan")}}, InvalidArtifact, "report cannot be stored as JSON"),
     ({"payload_content": text("{title}")}, InvalidArtifact, "uses {title}, which is not an input"),
     ({"payload_content": text("{")}, InvalidArtifact, "a lone '{'"),
-    ({"payload_content": EnsemblePayload(members=(A, B))}, NotYetSupported, "a ensemble payload"),
+    ({"payload_content": ensemble(A, A)}, InvalidArtifact, "names a member twice"),
+    ({"payload_content": ensemble(A, B)}, UnknownVersion, f"no version '{A}'"),
     ({"payload_content": RemoteModelPayload(provider="openai", model="ft:x")}, NotYetSupported, "remote_model"),
     (
         {"payload_content": PrefixPayload(tensors={"k": A}, dtype="F32", length=1, base_fingerprint="x")},

@@ -21,7 +21,7 @@ PAYLOADS: list[Payload] = [
     PrefixPayload(tensors={"layers.0.key": A, "layers.0.value": B}, dtype="BF16", length=4, base_fingerprint="base"),
     TextPayload(messages=(Message(role="user", content="{message}"),)),
     RemoteModelPayload(provider="openai", model="ft:gpt-4o:acme::1"),
-    EnsemblePayload(members=(A, B)),
+    EnsemblePayload(members=(A, B), base_fingerprint="base"),
 ]
 
 
@@ -37,7 +37,8 @@ def test_whatever_makes_answers_differ_changes_the_digest() -> None:
         *PAYLOADS[1:],
         PAYLOADS[2].model_copy(update={"messages": (Message(role="system", content="{message}"),)}),
         PAYLOADS[3].model_copy(update={"model": "ft:gpt-4o:acme::2"}),
-        PAYLOADS[4].model_copy(update={"members": (B, A)}),
+        PAYLOADS[4].model_copy(update={"members": (A, REVISION)}),
+        PAYLOADS[4].model_copy(update={"vote": "mean_logprob"}),
     ]
     digests = {version_digest(REVISION, SOFT), version_digest(B, SOFT)}
     digests |= {version_digest(REVISION, other) for other in others}
@@ -54,7 +55,7 @@ def test_the_digest_of_a_version_never_changes_between_releases() -> None:
     [
         {"kind": "lora"},
         {"kind": "text", "messages": []},
-        {"kind": "ensemble", "members": [A]},
+        {"kind": "ensemble", "members": [A], "base_fingerprint": "base"},
         {"kind": "soft_prompt", "tensor_digest": "short", "dtype": "F32", "shape": [1, 1], "base_fingerprint": "x"},
         {"kind": "remote_model", "provider": "openai", "model": "x", "more": 1},
     ],
