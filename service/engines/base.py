@@ -122,6 +122,20 @@ class ResponseFormat:
     regex: str | None = None
     choices: tuple[str, ...] = ()
 
+    def check(self) -> None:
+        """Raise InvalidRequest for a form without what it is a form of."""
+        given = {
+            "json_schema": self.json_schema is not None,
+            "regex": bool(self.regex),
+            "choice": len(self.choices) > 0 and all(self.choices),
+        }
+        if not given.get(self.kind, True):
+            raise InvalidRequest(
+                f"response_format is {self.kind} and does not say which; give a JSON schema, a regular expression, or "
+                "choices that are not empty",
+                parameter="response_format",
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
@@ -147,6 +161,20 @@ class GenerationRequest:
     deadline_s: float | None = None
     stream: bool = True
     task: str = ""
+
+    def check(self) -> None:
+        """Raise InvalidRequest for the first value that is out of its range, sampling and response format included."""
+        checks = (
+            (1 <= self.n <= MAX_CHOICES, "n", f"between 1 and {MAX_CHOICES}"),
+            (_counts_alternatives(self.logprobs), "logprobs", f"between 0 and {MAX_LOGPROBS}"),
+            (_counts_alternatives(self.prompt_logprobs), "prompt_logprobs", f"between 0 and {MAX_LOGPROBS}"),
+            (self.deadline_s is None or self.deadline_s > 0.0, "deadline_s", "above 0"),
+        )
+        for holds, name, expected in checks:
+            if not holds:
+                raise InvalidRequest(f"{name} is {getattr(self, name)!r}; it must be {expected}", parameter=name)
+        self.sampling.check(fewest=0 if self.echo or self.prompt_logprobs is not None else 1)
+        self.response_format.check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,31 +210,39 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's natural log-probability, and the most probable tokens in its place, the first one first."""
+    """A token's natural log-probability, and the most probable tokens in its place, the first one first.
+
+    `data` are the token's own bytes, which may be half a character; `text` shows them, U+FFFD for what is incomplete.
+    An engine gives both, because who asks knows no tokenizer and a remote engine no ids.
+    """
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: tuple[TokenLogprob, ...] = ()
+    text: str = ""
+    data: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompted:
     """The prompt as it was laid out; comes first where `echo` or `prompt_logprobs` asked for it.
 
-    `logprobs` has an entry a token where `prompt_logprobs` asked for them. The first is None unless a soft prompt
-    stands before it.
+    `logprobs` and `pieces` (each token's own text and bytes, as in TokenLogprob) have an entry a token where
+    `prompt_logprobs` asked for them. The first of `logprobs` is None unless a soft prompt stands before it.
     """
 
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprob | None, ...] = ()
+    pieces: tuple[tuple[str, bytes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """More of choice `index`. `text` may be empty while a character is incomplete.
 
-    `finish_reason` is set on the last delta of each choice.
+    `finish_reason` is set on the last delta of each choice. So is `agreement` where an ensemble answers: the share of
+    its members that gave this answer.
     """
 
     text: str
@@ -214,6 +250,7 @@ class Delta:
     index: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    agreement: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +355,17 @@ def check_supported(request: GenerationRequest, capabilities: Capabilities) -> N
     """Raise UnsupportedFeature when the request asks for what the engine does not serve: never ignore it."""
     for feature, parameter in required_features(request).items():
         if feature not in capabilities.features:
-            raise UnsupportedFeature(
-                f"{parameter} is not served by this task's backend yet; leave it out", parameter=parameter
-            )
+            remedy = _INSTEAD.get(feature, "leave it out")
+            raise UnsupportedFeature(f"{parameter} is not served by this task's backend; {remedy}", parameter=parameter)
+
+
+_INSTEAD = {
+    "tools": (
+        "it answers in text and calls no tools, only remote backends can pass them on. Leave tools out, or ask for "
+        "JSON with response_format and call them yourself"
+    )
+}
+
+
+def _counts_alternatives(count: int | None) -> bool:
+    return count is None or 0 <= count <= MAX_LOGPROBS

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from prompt_store.canonical import canonical_json
 from prompt_store.prompts.task import Message
 from prompt_store.prompts.version import BaseDescription
-from service.engines.base import Messages, Prompt, RawText
+from service.engines.base import Messages, Prompt, RawText, Sampling
 from service.engines.errors import BaseModelError, InvalidRequest, PromptTooLong
 
 _HEADER_LIMIT_BYTES = 100_000_000
@@ -134,6 +134,17 @@ class BaseModel:
         if not ids:
             raise InvalidRequest("the prompt is empty; send at least one token of text", parameter="prompt")
         return ids
+
+    def check_tokens(self, sampling: Sampling) -> None:
+        """Raise InvalidRequest for a token id outside the vocabulary among those that are biased or stop an answer."""
+        for parameter, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            wrong = next((token for token in ids if not 0 <= token < self.vocabulary_size), None)
+            if wrong is not None:
+                raise InvalidRequest(
+                    f"{parameter} names token id {wrong}, which is outside the vocabulary of {self.vocabulary_size}; "
+                    f"use ids of this base model's tokenizer",
+                    parameter=parameter,
+                )
 
     def check_length(self, prompt_tokens: int, virtual_tokens: int) -> None:
         """Raise PromptTooLong unless the prompt and one new token fit the context."""

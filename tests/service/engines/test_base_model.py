@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from prompt_store.prompts.task import Message
-from service.engines.base import Messages, RawText, TokenIds
+from service.engines.base import Messages, RawText, Sampling, TokenIds
 from service.engines.base_model import BaseModel, open_base_model
 from service.engines.errors import BaseModelError, InvalidRequest, PromptTooLong
 from tests.conftest import BASE_FOLDER
@@ -124,3 +124,15 @@ def test_opening_a_base_reads_no_weights_into_torch(base: BaseModel) -> None:
     assert base.describe().vocabulary_size == 4096
     assert base.continuation("") == [base.eos_token_id]
     assert isinstance(torch.tensor(base.continuation("get refund")), torch.Tensor)
+
+
+def test_biased_and_stopping_tokens_must_be_in_the_vocabulary(base: BaseModel) -> None:
+    last = base.vocabulary_size - 1
+    base.check_tokens(Sampling(logit_bias={0: 1.0, last: -1.0}, stop_token_ids=(0, last)))
+    for sampling, parameter in (
+        (Sampling(logit_bias={last + 1: 1.0}), "logit_bias"),
+        (Sampling(stop_token_ids=(-1,)), "stop_token_ids"),
+    ):
+        with pytest.raises(InvalidRequest, match=f"{parameter} names token id .* outside the vocabulary") as refused:
+            base.check_tokens(sampling)
+        assert refused.value.parameter == parameter
