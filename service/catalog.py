@@ -22,7 +22,7 @@ from prompt_store.names import (
     parse_selector,
 )
 from prompt_store.prompts.registry import ChangeWatcher, Registry, StoreSnapshot, TaskRevision
-from prompt_store.prompts.version import PromptVersion, SoftPromptPayload
+from prompt_store.prompts.version import EnsemblePayload, PromptVersion, SoftPromptPayload
 from prompt_store.routes import DEFAULT_BACKEND, DirectRoute
 from service.engines.base import Engine, SoftPromptReference
 from service.engines.errors import EngineError, EngineUnavailable
@@ -43,6 +43,13 @@ class Target:
     def label(self) -> str:
         """`task@v7`, or empty for the bare base."""
         return f"{self.version.task}@{self.version.label}" if self.version is not None else ""
+
+
+def members(version: PromptVersion, snapshot: StoreSnapshot) -> tuple[PromptVersion, ...]:
+    """The versions that answer for a version: those of an ensemble, else itself."""
+    if isinstance(version.payload, EnsemblePayload):
+        return tuple(snapshot.versions[digest] for digest in version.payload.members)
+    return (version,)
 
 
 class Catalog:
@@ -138,14 +145,22 @@ class Catalog:
         return complete
 
     def _to_warm(self, snapshot: StoreSnapshot) -> dict[str, PromptVersion]:
-        """Soft prompts that an alias points at and that this base can serve, by tensor digest."""
+        """Soft prompts that an alias points at, itself or through an ensemble, and that this base can serve.
+
+        By tensor digest.
+        """
         versions = (snapshot.versions[digest] for aliases in snapshot.aliases.values() for digest in aliases.values())
         return {
-            version.payload.tensor_digest: version
+            member.payload.tensor_digest: member
             for version in versions
-            if isinstance(version.payload, SoftPromptPayload)
-            and version.payload.base_fingerprint == self._base_fingerprint
+            for member in members(version, snapshot)
+            if isinstance(member.payload, SoftPromptPayload)
+            and member.payload.base_fingerprint == self._base_fingerprint
         }
+
+    def references(self, version: PromptVersion) -> tuple[SoftPromptReference, ...]:
+        """The soft prompts that answer for a version: its own, or its members' where it is an ensemble."""
+        return tuple(self.reference(member) for member in members(version, self.snapshot))
 
     def reference(self, version: PromptVersion) -> SoftPromptReference:
         """How an engine comes to a version's soft prompt. The version's payload must be one."""

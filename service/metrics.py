@@ -13,6 +13,7 @@ from service.engines.base import Engine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _LABELS = ("task", "version", "arm", "backend")
 
 
@@ -42,8 +43,12 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         self.time_to_first_token = Histogram(
-            "softcue_time_to_first_token_seconds", "From request to first token", _LABELS, buckets=_SECONDS,
-            registry=self.registry,
+            "softcue_time_to_first_token_seconds", "From request to first token of a streamed answer", _LABELS,
+            buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.time_per_output_token = Histogram(
+            "softcue_time_per_output_token_seconds", "Between the tokens of a streamed choice, on average", _LABELS,
+            buckets=_TOKEN_SECONDS, registry=self.registry,
         )  # fmt: skip
         self.prompt_tokens = Counter(
             "softcue_prompt_tokens", "Tokens of text in, without virtual tokens", _LABELS, registry=self.registry

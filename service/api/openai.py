@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from typing import Any
 
 from litestar import Controller, Request, Response, get, post
 from litestar.di import NamedDependency
@@ -12,16 +11,13 @@ from litestar.params import FromPath, JSONBody
 
 from prompt_store.errors import NotFound
 from prompt_store.prompts.version import PromptVersion
-from service.api.answers import DONE, ERRORS, EventStream, event, unless_disconnected
+from service.api.answers import ERRORS, EventStream, unless_disconnected
 from service.api.callers import caller_of
+from service.api.openai_answers import ChatShape, CompletionShape, Shape
 from service.api.openai_shapes import ChatCompletionBody, CompletionBody, OpenAIBody
 from service.catalog import Catalog, Target
-from service.engines.base import Finish, GenerationEvent, GenerationRequest, Prompt, RawText, TokenIds, Usage
-from service.engines.errors import UnsupportedFeature
+from service.engines.base import GenerationRequest
 from service.routing.execute import Router
-from service.routing.generation import Generation
-
-Kind = Literal["chat.completion", "text_completion"]
 
 
 class OpenAIController(Controller):
@@ -46,12 +42,15 @@ class OpenAIController(Controller):
             id="",
             prompt=router.chat_prompt(target, messages),
             sampling=data.sampling(router.sampling_defaults(target)),
-            n=1 if data.n is None else data.n,
-            logprobs=(data.top_logprobs or 0) if data.logprobs or data.top_logprobs is not None else None,
+            n=data.choices,
+            logprobs=data.alternatives,
+            prompt_logprobs=data.prompt_logprobs,
             response_format=data.format(),
             tools=tuple(data.tools or ()),
+            deadline_s=data.timeout_s,
+            stream=bool(data.stream),
         )
-        return await _answer(request, data, router, target, asked, "chat.completion")
+        return await _answer(request, data, router, target, [asked], ChatShape)
 
     @post("/completions", status_code=200, responses=ERRORS)
     async def completions(
@@ -61,18 +60,26 @@ class OpenAIController(Controller):
         catalog: NamedDependency[Catalog],
         router: NamedDependency[Router],
     ) -> Response[Any]:
-        """Continue raw text; no chat template is applied."""
+        """Continue raw text, or each of several; no chat template is applied."""
         data.check()
         target = catalog.resolve(data.model)
-        asked = GenerationRequest(
-            id="",
-            prompt=router.raw_prompt(target, _raw_prompt(data.prompt)),
-            sampling=data.sampling(router.sampling_defaults(target)),
-            n=1 if data.n is None else data.n,
-            logprobs=data.logprobs,
-            echo=bool(data.echo),
-        )
-        return await _answer(request, data, router, target, asked, "text_completion")
+        sampling, form = data.sampling(router.sampling_defaults(target)), data.format()
+        asked = [
+            GenerationRequest(
+                id="",
+                prompt=router.raw_prompt(target, prompt),
+                sampling=sampling,
+                n=data.choices,
+                logprobs=data.logprobs,
+                prompt_logprobs=data.prompt_alternatives,
+                echo=bool(data.echo),
+                response_format=form,
+                deadline_s=data.timeout_s,
+                stream=bool(data.stream),
+            )
+            for prompt in data.prompts()
+        ]
+        return await _answer(request, data, router, target, asked, CompletionShape)
 
     @get("/models")
     async def models(self, catalog: NamedDependency[Catalog]) -> dict[str, Any]:
@@ -95,94 +102,20 @@ async def _answer(
     body: OpenAIBody,
     router: Router,
     target: Target,
-    asked: GenerationRequest,
-    kind: Kind,
+    asked: Sequence[GenerationRequest],
+    shape_of: type[Shape],
 ) -> Response[Any]:
-    generation = await unless_disconnected(request, router.generate(target, caller_of(request, body.unit_key), asked))
-    shape = _Shape(kind, generation, target, body.model)
+    caller = caller_of(request, body.unit_key)
+    batch = await unless_disconnected(request, router.generate_each(target, caller, asked))
+    shape = shape_of(batch, target, body, asked[0])
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(shape.stream(include_usage=include_usage), shape.headers, generation.aclose)
+        return EventStream(shape.stream(include_usage=include_usage), shape.headers, batch.aclose)
     try:
-        text, finish = await unless_disconnected(request, generation.text())
+        answers = await unless_disconnected(request, batch.whole(asked[0].n))
     finally:
-        await generation.aclose()
-    return Response(shape.whole(text, finish), headers=shape.headers)
-
-
-class _Shape:
-    """The bodies of one answer."""
-
-    def __init__(self, kind: Kind, generation: Generation, target: Target, model: str) -> None:
-        self._kind = kind
-        self._generation = generation
-        label = target.label
-        self.headers = {"x-softcue-version": label or "base", "x-softcue-backend": target.backend}
-        prefix = "chatcmpl-" if kind == "chat.completion" else "cmpl-"
-        self._common: dict[str, Any] = {
-            "id": prefix + generation.id,
-            "created": generation.record.created_s,
-            "model": model,
-            "system_fingerprint": f"{label}:{target.version.digest[:12]}" if target.version is not None else "base",
-        }
-
-    def whole(self, text: str, finish: Finish) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish.reason}
-        if self._kind == "chat.completion":
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        return {**self._common, "object": self._kind, "choices": [choice], "usage": usage_body(finish.usage)}
-
-    async def stream(self, *, include_usage: bool) -> AsyncGenerator[bytes]:
-        """The same as server-sent events, OpenAI's chunks and `[DONE]` at the end."""
-        usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        events = cast(AsyncGenerator[GenerationEvent], self._generation.events())
-        async with aclosing(events):
-            if self._kind == "chat.completion":
-                yield self._chunk({"role": "assistant", "content": "", "refusal": None}, None, usage)
-            async for item in events:
-                if isinstance(item, Finish):
-                    yield self._chunk({}, item.reason, usage)
-                    if include_usage:
-                        last = {"choices": [], "usage": usage_body(item.usage)}
-                        yield event({**self._common, "object": self._chunk_object, **last})
-                elif item.text:
-                    yield self._chunk({"content": item.text}, None, usage)
-        yield DONE
-
-    @property
-    def _chunk_object(self) -> str:
-        return "chat.completion.chunk" if self._kind == "chat.completion" else "text_completion"
-
-    def _chunk(self, delta: dict[str, Any], reason: str | None, usage: dict[str, Any]) -> bytes:
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
-        if self._kind == "chat.completion":
-            choice["delta"] = delta
-        else:
-            choice["text"] = delta.get("content", "")
-        return event({**self._common, "object": self._chunk_object, "choices": [choice], **usage})
-
-
-def usage_body(usage: Usage) -> dict[str, int]:
-    """OpenAI's usage, and the soft prompt's virtual tokens beside it."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "virtual_tokens": usage.virtual_tokens,
-    }
-
-
-def _raw_prompt(prompt: str | list[int] | list[str] | list[list[int]]) -> Prompt:
-    if isinstance(prompt, str):
-        return RawText(prompt)
-    if all(isinstance(item, int) for item in prompt):
-        return TokenIds(tuple(cast(list[int], prompt)))
-    if len(prompt) != 1:
-        raise UnsupportedFeature(f"prompt holds {len(prompt)} prompts; send one a request", parameter="prompt")
-    return _raw_prompt(cast(str | list[int], prompt[0]))
+        await batch.aclose()
+    return Response(shape.whole(answers), headers=shape.headers)
 
 
 def _models(catalog: Catalog) -> list[dict[str, Any]]:

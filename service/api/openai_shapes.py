@@ -7,12 +7,13 @@ clear refusal and leaving it at its default is not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from prompt_store.prompts.task import Message
-from service.engines.base import ResponseFormat, Sampling
+from service.api.response_formats import ResponseFormatBody, StructuredOutputsBody, response_format
+from service.engines.base import MAX_CHOICES, Prompt, RawText, ResponseFormat, Sampling, TokenIds
 from service.engines.errors import InvalidRequest, UnsupportedFeature
 
 _NOT_SERVED_YET = "is not served here yet; leave it out"
@@ -71,20 +72,8 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = None
 
 
-class JsonSchemaFormat(_Body):
-    name: str
-    description: str | None = None
-    json_schema: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormatBody(_Body):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-
-
 class SamplingBody(_Body):
-    """What chat, completions and tasks share."""
+    """What chat, completions and tasks share. `timeout_s` is how long the answer may take, ours alone."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -100,6 +89,13 @@ class SamplingBody(_Body):
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
+    n: int | None = None
+    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+    @property
+    def choices(self) -> int:
+        """How many answers are asked for."""
+        return 1 if self.n is None else self.n
 
     def sampling(self, defaults: Sampling) -> Sampling:
         """The defaults, with what the request says over them."""
@@ -120,7 +116,9 @@ class OpenAIBody(SamplingBody):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
+    prompt_logprobs: int | None = None
+    response_format: ResponseFormatBody | None = None
+    structured_outputs: StructuredOutputsBody | None = None
     user: str | None = None
     safety_identifier: str | None = None
     unit: str | None = None
@@ -136,13 +134,24 @@ class OpenAIBody(SamplingBody):
         """Whom the request is for, where the body says so."""
         return self.unit or self.safety_identifier or self.user
 
+    def format(self) -> ResponseFormat:
+        """The form that the answer must take. Raises InvalidRequest."""
+        return response_format(self.response_format, self.structured_outputs)
+
+    def check(self) -> None:
+        """Raise UnsupportedFeature or InvalidRequest for parameters that no backend here knows in the form given."""
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequest(
+                "prompt_logprobs come with a whole answer only; leave stream or prompt_logprobs out",
+                parameter="prompt_logprobs",
+            )
+
 
 class ChatCompletionBody(OpenAIBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: ResponseFormatBody | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -161,7 +170,9 @@ class ChatCompletionBody(OpenAIBody):
         return super().sampling(defaults)
 
     def check(self) -> None:
-        """Raise UnsupportedFeature for parameters that no backend here knows in any form."""
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs; set logprobs to true", parameter="top_logprobs")
         if self.tool_choice not in (None, "none", "auto"):
             raise UnsupportedFeature(f"tool_choice {_NOT_SERVED_YET}", parameter="tool_choice")
         refuse(
@@ -178,11 +189,10 @@ class ChatCompletionBody(OpenAIBody):
             },
         )
 
-    def format(self) -> ResponseFormat:
-        if self.response_format is None:
-            return ResponseFormat()
-        schema = self.response_format.json_schema
-        return ResponseFormat(self.response_format.type, schema.json_schema if schema is not None else None)
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives come with each token's log-probability; None wants neither."""
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 class CompletionBody(OpenAIBody):
@@ -193,8 +203,38 @@ class CompletionBody(OpenAIBody):
     suffix: str | None = None
 
     def check(self) -> None:
-        """Raise UnsupportedFeature for parameters that no backend here knows in any form."""
-        refuse(self, {"best_of": 1, "suffix": None})
+        super().check()
+        refuse(self, {"suffix": None})
+        if self.best_of is not None and self.best_of != self.choices:
+            raise UnsupportedFeature(
+                f"best_of is {self.best_of} and n is {self.choices}, but every answer that is made is returned here; "
+                "leave best_of out",
+                parameter="best_of",
+            )
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """How many alternatives come with each of the prompt's tokens: an echoed prompt has what the answer has."""
+        counts = [count for count in (self.prompt_logprobs, self.logprobs if self.echo else None) if count is not None]
+        return max(counts, default=None)
+
+    def prompts(self) -> list[Prompt]:
+        """The prompts, each of which gets its own answers. Raises InvalidRequest for none, or for too many."""
+        prompts: list[Prompt] = []
+        if isinstance(self.prompt, str):
+            prompts = [RawText(self.prompt)]
+        elif self.prompt and isinstance(self.prompt[0], int):
+            prompts = [TokenIds(tuple(self.prompt))]
+        else:
+            several = cast(list[str] | list[list[int]], self.prompt)
+            prompts = [RawText(one) if isinstance(one, str) else TokenIds(tuple(one)) for one in several]
+        if not 1 <= len(prompts) * self.choices <= MAX_CHOICES:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts with {self.choices} answers each are asked for; ask for 1 to {MAX_CHOICES} "
+                "answers at once",
+                parameter="prompt" if len(prompts) != 1 else "n",
+            )
+        return prompts
 
 
 def refuse(body: BaseModel, served: Mapping[str, Any]) -> None:

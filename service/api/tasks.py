@@ -5,40 +5,55 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any
 
 from jsonschema import Draft202012Validator
 from litestar import Controller, Request, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from prompt_store.prompts.task import Task
 from service.api.answers import DONE, ERRORS, EventStream, event, unless_disconnected
 from service.api.callers import caller_of
-from service.api.openai import usage_body
+from service.api.openai_answers import usage_body
 from service.api.openai_shapes import SamplingBody
 from service.catalog import Catalog, Target
-from service.engines.base import Finish, GenerationEvent, GenerationRequest
+from service.engines.base import Delta, GenerationEvent, GenerationRequest, ResponseFormat
+from service.engines.collecting import Answer, Answers, assemble
+from service.engines.scoring import Normalise
 from service.routing.execute import Router
 from service.routing.generation import Generation
 
 
 class GenerateBody(SamplingBody):
-    """Inputs by field name; `version` is an alias, `v7` or a digest, the task's route decides when it is left out."""
+    """Inputs by field name; `version` is an alias, `v7` or a digest, the task's route decides when it is left out.
+
+    An extract task's answer is held to the task's schema while it is made, unless `constrained` is false.
+    """
 
     inputs: dict[str, str]
     version: str | None = None
     unit: str | None = None
     stream: bool = False
+    constrained: bool = True
 
 
 class ClassifyBody(BaseModel):
+    """`normalise` and `calibrate` say how probabilities come of log-probabilities; see `engines/scoring.py`.
+
+    Neither is on by default: on the held-out rows of examples/support_intents, each lost accuracy or calibration with
+    a tuned prompt, a text prompt and none (`python -m benchmarks.label_scoring`).
+    """
+
     model_config = ConfigDict(extra="forbid")
 
     inputs: dict[str, str]
     version: str | None = None
     unit: str | None = None
+    normalise: Normalise = "none"
+    calibrate: bool = False
+    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 class TaskController(Controller):
@@ -74,16 +89,20 @@ class TaskController(Controller):
             id="",
             prompt=router.task_prompt(target, data.inputs),
             sampling=data.sampling(router.sampling_defaults(target)),
+            n=data.choices,
+            response_format=_answer_form(target, router) if data.constrained else ResponseFormat(),
+            deadline_s=data.timeout_s,
+            stream=data.stream,
         )
         generation = await unless_disconnected(request, router.generate(target, caller_of(request, data.unit), asked))
         headers = {"x-softcue-version": target.label, "x-softcue-backend": target.backend}
         if data.stream:
-            return EventStream(_stream(generation, target), headers, generation.aclose)
+            return EventStream(_stream(generation, target, data), headers, generation.aclose)
         try:
-            text, finish = await unless_disconnected(request, generation.text())
+            answers = await unless_disconnected(request, generation.whole(data.choices))
         finally:
             await generation.aclose()
-        return Response({**_head(generation, target), **_tail(target, text, finish)}, headers=headers)
+        return Response({**_head(generation, target), **_tail(target, data, answers)}, headers=headers)
 
     @post("/{task:str}/classify", status_code=200, responses=ERRORS)
     async def classify(
@@ -96,9 +115,16 @@ class TaskController(Controller):
     ) -> Response[dict[str, Any]]:
         """Every label of the task with its probability, the most probable first."""
         target = _target(catalog, task, data.version)
-        prompt = router.task_prompt(target, data.inputs)
-        answer = await unless_disconnected(request, router.classify(target, caller_of(request, data.unit), prompt))
-        body = {
+        asking = router.classify(
+            target,
+            caller_of(request, data.unit),
+            data.inputs,
+            normalise=data.normalise,
+            calibrate=data.calibrate,
+            deadline_s=data.timeout_s,
+        )
+        answer = await unless_disconnected(request, asking)
+        body: dict[str, Any] = {
             "id": answer.id,
             "task": task.partition("@")[0],
             "version": target.label,
@@ -106,6 +132,8 @@ class TaskController(Controller):
             "labels": [{"label": label.label, "probability": label.probability} for label in answer.labels],
             "usage": usage_body(answer.usage),
         }
+        if answer.agreement is not None:
+            body["agreement"] = answer.agreement
         return Response(body, headers={"x-softcue-version": target.label, "x-softcue-backend": target.backend})
 
 
@@ -132,12 +160,28 @@ def _head(generation: Generation, target: Target) -> dict[str, Any]:
     return {"id": generation.id, "task": target.task.task.name, "version": target.label}
 
 
-def _tail(target: Target, text: str, finish: Finish) -> dict[str, Any]:
+def _tail(target: Target, asked: GenerateBody, given: Answers) -> dict[str, Any]:
+    """The first answer, and with `n` all of them under `answers`."""
     assert target.task is not None
-    body: dict[str, Any] = {"text": text, "finish_reason": finish.reason, "usage": usage_body(finish.usage)}
-    if target.task.task.kind == "extract":
-        body |= _extracted(target.task.task, text)
-    return body
+    task = target.task.task
+    answers = [_answer_body(task, answer) for answer in given.answers]
+    body = {**answers[0], "usage": usage_body(given.usage)}
+    return body if asked.n is None else {**body, "answers": answers}
+
+
+def _answer_body(task: Task, answer: Answer) -> dict[str, Any]:
+    body: dict[str, Any] = {"text": answer.text, "finish_reason": answer.finish_reason}
+    if task.kind == "extract":
+        body |= _extracted(task, answer.text)
+    return body if answer.agreement is None else {**body, "agreement": answer.agreement}
+
+
+def _answer_form(target: Target, router: Router) -> ResponseFormat:
+    """The JSON schema of an extract task, where its backend can hold an answer to one."""
+    assert target.task is not None
+    if target.task.task.kind != "extract" or not router.serves(target, "structured_output"):
+        return ResponseFormat()
+    return ResponseFormat("json_schema", target.task.task.json_schema)
 
 
 def _extracted(task: Task, text: str) -> dict[str, Any]:
@@ -154,15 +198,15 @@ def _extracted(task: Task, text: str) -> dict[str, Any]:
     return {"parsed": parsed, "invalid": None}
 
 
-async def _stream(generation: Generation, target: Target) -> AsyncGenerator[bytes]:
+async def _stream(generation: Generation, target: Target, asked: GenerateBody) -> AsyncGenerator[bytes]:
+    """A delta as it comes, with its answer's index where there are several; at last what is answered unstreamed."""
     head = _head(generation, target)
-    pieces: list[str] = []
-    events = cast(AsyncGenerator[GenerationEvent], generation.events())
-    async with aclosing(events):
+    seen: list[GenerationEvent] = []
+    async with aclosing(generation.events()) as events:
         async for item in events:
-            if isinstance(item, Finish):
-                yield event({**head, "delta": "", **_tail(target, "".join(pieces), item)})
-            elif item.text:
-                pieces.append(item.text)
-                yield event({**head, "delta": item.text})
+            seen.append(item)
+            if isinstance(item, Delta) and item.text:
+                place = {} if asked.n is None else {"index": item.index}
+                yield event({**head, **place, "delta": item.text})
+    yield event({**head, "delta": "", **_tail(target, asked, assemble(seen, asked.choices))})
     yield DONE

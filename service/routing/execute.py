@@ -1,15 +1,20 @@
-"""Runs a request on the route of its task. Today every route is `direct`: one backend, one version."""
+"""Runs a request on the route of its task. Today every route is `direct`: one backend, one version.
+
+A version that is an ensemble is asked as its members.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 
 from prompt_store.prompts.task import Message, render_messages
 from prompt_store.prompts.template import template_fields
-from prompt_store.prompts.version import SoftPromptPayload, TextPayload
+from prompt_store.prompts.version import EnsemblePayload, TextPayload, Vote
 from service.catalog import Catalog, Target
+from service.engines import ensemble
 from service.engines.base import (
     Engine,
     GenerationRequest,
@@ -17,13 +22,18 @@ from service.engines.base import (
     Prompt,
     Sampling,
     ScoreRequest,
+    Scores,
     SoftPromptReference,
     Usage,
 )
+from service.engines.collecting import total
 from service.engines.errors import UnsupportedFeature
+from service.engines.scoring import CONTENT_FREE, Normalise, label_log_probabilities
 from service.metrics import Labels, Metrics
 from service.routing.errors import NotServed, WrongTaskKind
-from service.routing.generation import Caller, Generation, Record
+from service.routing.generation import Batch, Caller, Generation, Record
+
+_KEPT_PRIORS = 4096
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,11 +46,12 @@ class LabelProbability:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Classification:
-    """Labels from the most to the least probable."""
+    """Labels, the chosen one first. `agreement` is the share of an ensemble's members that chose it, else None."""
 
     id: str
     labels: tuple[LabelProbability, ...]
     usage: Usage
+    agreement: float | None = None
 
 
 class Router:
@@ -51,6 +62,8 @@ class Router:
         self.engines = engines
         self._metrics = metrics
         self._signing_key = signing_key
+        self._prior_scores: OrderedDict[tuple[str, str, str], tuple[Scores, ...]] = OrderedDict()
+        self._asking_priors = asyncio.Lock()
 
     def sampling_defaults(self, target: Target) -> Sampling:
         """The task's default sampling; greedy and 128 tokens for the bare base."""
@@ -99,26 +112,53 @@ class Router:
             messages = tuple(render_messages(payload.messages, inputs))
         return Messages(messages)
 
+    def serves(self, target: Target, feature: str) -> bool:
+        """Whether the target's backend has a feature, by its name in `required_features`. Raises NotServed."""
+        return feature in self._engine(target).capabilities().features
+
     async def generate(self, target: Target, caller: Caller, request: GenerationRequest) -> Generation:
         """Begin to answer. Raises EngineError, StoreError or NotServed before the first token; the prompt is the
         request's, soft prompt and id come from the target."""
-        record = self._record(target, caller)
-        try:
-            engine = self._engine(target)
-            request = dataclasses.replace(
-                request, id=record.id, soft_prompt=self._soft_prompt(target), principal=caller.principal
-            )
-        except Exception:
-            record.end("error", None)
-            raise
-        generation = Generation(record, engine.generate(request))
+        generation = self._generation(target, caller, request)
         await generation.begin()
         return generation
 
-    async def classify(self, target: Target, caller: Caller, prompt: Prompt) -> Classification:
+    async def generate_each(self, target: Target, caller: Caller, requests: Sequence[GenerationRequest]) -> Batch:
+        """Begin to answer several requests as one; what is raised for one of them ends all."""
+        batch = Batch([self._generation(target, caller, request) for request in requests])
+        await batch.begin()
+        return batch
+
+    def _generation(self, target: Target, caller: Caller, request: GenerationRequest) -> Generation:
+        record = self._record(target, caller)
+        try:
+            engine = self._engine(target)
+            request = dataclasses.replace(request, id=record.id, principal=caller.principal, task=record.labels.task)
+            soft_prompts = self._soft_prompts(target)
+            if (vote := _vote(target)) is not None:
+                events = ensemble.generate(engine, request, soft_prompts, vote)
+            else:
+                record.streamed_choices = request.n if request.stream else 0
+                events = engine.generate(dataclasses.replace(request, soft_prompt=soft_prompts[0]))
+        except Exception:
+            record.end("error", None)
+            raise
+        return Generation(record, events)
+
+    async def classify(
+        self,
+        target: Target,
+        caller: Caller,
+        inputs: Mapping[str, str],
+        *,
+        normalise: Normalise = "none",
+        calibrate: bool = False,
+        deadline_s: float | None = None,
+    ) -> Classification:
         """Every label of the task with its probability. Raises WrongTaskKind for tasks without labels."""
         assert target.task is not None
         task = target.task.task
+        prompt = self.task_prompt(target, inputs)
         record = self._record(target, caller)
         outcome, usage = "cancelled", None
         try:
@@ -126,18 +166,43 @@ class Router:
                 raise WrongTaskKind(
                     f"task '{task.name}' is of kind '{task.kind}'; POST /v1/tasks/{task.name}/generate answers it"
                 )
-            scores = await self._engine(target).score(
-                ScoreRequest(record.id, prompt, task.labels, self._soft_prompt(target), caller.principal)
+            request = ScoreRequest(
+                record.id, prompt, task.labels, principal=caller.principal, deadline_s=deadline_s, task=task.name
             )
-            outcome, usage = "stop", scores.usage
+            members = await ensemble.score(self._engine(target), request, self._soft_prompts(target))
+            priors = await self._priors(target, request) if calibrate else [None] * len(members)
+            outcome, usage = "stop", total(member.usage for member in members)
         except Exception:
             outcome = "error"
             raise
         finally:
             record.end(outcome, usage)
-        probabilities = normalise(scores.log_probabilities)
-        ranked = sorted(zip(task.labels, probabilities, strict=True), key=lambda pair: -pair[1])
-        return Classification(record.id, tuple(LabelProbability(*pair) for pair in ranked), scores.usage)
+        values = [
+            label_log_probabilities(member, normalise, prior) for member, prior in zip(members, priors, strict=True)
+        ]
+        vote = _vote(target)
+        elected = ensemble.elect_label(values, vote or "mean_logprob")
+        labels = (LabelProbability(task.labels[place], elected.probabilities[place]) for place in elected.order)
+        return Classification(record.id, tuple(labels), usage, elected.agreement if vote is not None else None)
+
+    async def _priors(self, target: Target, request: ScoreRequest) -> tuple[Scores, ...]:
+        """The scores of the labels after an input that says nothing, of each member; asked once a version."""
+        assert target.task is not None
+        assert target.version is not None
+        key = (target.version.digest, target.task.digest, target.backend)
+        if key not in self._prior_scores:
+            async with self._asking_priors:
+                if key not in self._prior_scores:
+                    nothing = dict.fromkeys(target.task.task.inputs, CONTENT_FREE)
+                    asked = dataclasses.replace(
+                        request, id=f"{request.id}/prior", prompt=self.task_prompt(target, nothing)
+                    )
+                    scores = await ensemble.score(self._engine(target), asked, self._soft_prompts(target))
+                    self._prior_scores[key] = scores
+                    while len(self._prior_scores) > _KEPT_PRIORS:
+                        self._prior_scores.popitem(last=False)
+        self._prior_scores.move_to_end(key)
+        return self._prior_scores[key]
 
     def _record(self, target: Target, caller: Caller) -> Record:
         labels = Labels(
@@ -158,21 +223,20 @@ class Router:
             )
         return engine
 
-    def _soft_prompt(self, target: Target) -> SoftPromptReference | None:
-        if target.version is None:
-            return None
-        payload = target.version.payload
-        if payload.kind not in self._engine(target).capabilities().payload_kinds:
+    def _soft_prompts(self, target: Target) -> tuple[SoftPromptReference | None, ...]:
+        """The soft prompt that a target answers with, or those of its ensemble; a single None where it has none."""
+        if target.version is None or isinstance(target.version.payload, TextPayload):
+            return (None,)
+        kind = target.version.payload.kind
+        needed = "soft_prompt" if kind == "ensemble" else kind
+        if needed not in self._engine(target).capabilities().payload_kinds:
             raise UnsupportedFeature(
-                f"{target.label} is of kind '{payload.kind}'; backend '{target.backend}' does not serve it",
-                parameter="model",
+                f"{target.label} is of kind '{kind}'; backend '{target.backend}' does not serve it", parameter="model"
             )
-        return self._catalog.reference(target.version) if isinstance(payload, SoftPromptPayload) else None
+        return self._catalog.references(target.version)
 
 
-def normalise(log_probabilities: tuple[float, ...]) -> list[float]:
-    """Probabilities that sum to 1, from log-probabilities of alternatives."""
-    highest = max(log_probabilities)
-    weights = [math.exp(value - highest) for value in log_probabilities]
-    total = sum(weights)
-    return [weight / total for weight in weights]
+def _vote(target: Target) -> Vote | None:
+    """How the members of the target's ensemble vote; None where it is none."""
+    payload = target.version.payload if target.version is not None else None
+    return payload.vote if isinstance(payload, EnsemblePayload) else None

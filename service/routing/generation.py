@@ -1,17 +1,21 @@
-"""A Generation: the stream of one answer, tagged with task, version, arm and backend, measured and logged once."""
+"""A Generation: the stream of one answer, tagged with task, version, arm and backend, measured and logged once.
+
+A Batch is several of them that answer one request."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import cast
 
 from prompt_store.access import Principal
 from service.engines.base import Delta, Finish, GenerationEvent, Usage
+from service.engines.collecting import Answers, all_or_none, collect
 from service.generation_ids import GenerationTag, sign, unit_hash
 from service.metrics import Labels, Metrics
 
@@ -36,6 +40,7 @@ class Record:
     version_digest: str
     metrics: Metrics
     signing_key: bytes
+    streamed_choices: int = 0  # of an answer whose tokens come as they are made; 0 when all of them come at its end
     id: str = field(init=False)
     created_s: int = field(init=False)
     _first_token_s: float | None = None
@@ -54,8 +59,8 @@ class Record:
         self.id = sign(tag, self.signing_key)
 
     def first_token(self) -> None:
-        """Note the time of the first token; later calls change nothing."""
-        if self._first_token_s is None:
+        """Note the time of the first token; later calls change nothing, nor does one that comes with all others."""
+        if self._first_token_s is None and self.streamed_choices:
             self._first_token_s = time.perf_counter() - self.caller.started_s
 
     def end(self, outcome: str, usage: Usage | None, completion_tokens: int = 0) -> None:
@@ -67,11 +72,13 @@ class Record:
         values = self.labels.values()
         self.metrics.requests.labels(*values, outcome).inc()
         self.metrics.duration.labels(*values).observe(elapsed_s)
-        if self._first_token_s is not None:
-            self.metrics.time_to_first_token.labels(*values).observe(self._first_token_s)
         if usage is not None:
             self.metrics.prompt_tokens.labels(*values).inc(usage.prompt_tokens)
             completion_tokens = usage.completion_tokens
+        if self._first_token_s is not None:
+            self.metrics.time_to_first_token.labels(*values).observe(self._first_token_s)
+            if (later := completion_tokens / self.streamed_choices - 1) > 0:
+                self.metrics.time_per_output_token.labels(*values).observe((elapsed_s - self._first_token_s) / later)
         self.metrics.completion_tokens.labels(*values).inc(completion_tokens)
         line = {
             "id": self.id,
@@ -108,7 +115,7 @@ class Generation:
             self.record.end("error" if isinstance(error, Exception) else "cancelled", None)
             raise
 
-    async def events(self) -> AsyncIterator[GenerationEvent]:
+    async def events(self) -> AsyncGenerator[GenerationEvent]:
         """Deltas, then one Finish; raises EngineError when the engine fails midway."""
         outcome, usage, made = "cancelled", None, 0
         try:
@@ -135,13 +142,63 @@ class Generation:
         await self._events.aclose()
         self.record.end("cancelled", None)
 
-    async def text(self) -> tuple[str, Finish]:
-        """The whole answer at once."""
-        pieces: list[str] = []
-        async with aclosing(cast(AsyncGenerator[GenerationEvent], self.events())) as events:
-            async for event in events:
-                if isinstance(event, Finish):
-                    return "".join(pieces), event
-                if isinstance(event, Delta):
-                    pieces.append(event.text)
-        raise AssertionError("an engine ended a generation without a Finish")
+    async def whole(self, n: int = 1) -> Answers:
+        """All `n` choices at once."""
+        return await collect(self.events(), n)
+
+
+class Batch:
+    """Generations that answer one request, one for each of its prompts. One that fails ends all."""
+
+    def __init__(self, generations: Sequence[Generation]) -> None:
+        self._generations = generations
+        self.id = generations[0].id
+        self.created_s = generations[0].record.created_s
+
+    async def begin(self) -> None:
+        """Wait for the first event of each."""
+        try:
+            await all_or_none(generation.begin() for generation in self._generations)
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def events(self) -> AsyncGenerator[tuple[int, GenerationEvent]]:
+        """The events of all as they come, each with the place of its prompt."""
+        if len(self._generations) == 1:
+            async with aclosing(self._generations[0].events()) as events:
+                async for event in events:
+                    yield 0, event
+            return
+        news: asyncio.Queue[tuple[int, GenerationEvent] | Exception] = asyncio.Queue()
+
+        async def follow(place: int, generation: Generation) -> None:
+            try:
+                async with aclosing(generation.events()) as events:
+                    async for event in events:
+                        news.put_nowait((place, event))
+            except Exception as error:
+                news.put_nowait(error)
+
+        following = [asyncio.create_task(follow(*pair)) for pair in enumerate(self._generations)]
+        unfinished = len(following)
+        try:
+            while unfinished:
+                item = await news.get()
+                if isinstance(item, Exception):
+                    raise item
+                unfinished -= isinstance(item[1], Finish)
+                yield item
+        finally:
+            for task in following:
+                task.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
+
+    async def whole(self, n: int = 1) -> list[Answers]:
+        """All `n` choices of each prompt at once."""
+        return await all_or_none(generation.whole(n) for generation in self._generations)
+
+    async def aclose(self) -> None:
+        """End all, wherever they stand. Closing twice changes nothing."""
+        for generation in self._generations:
+            await generation.aclose()

@@ -46,10 +46,14 @@ async def test_answers_have_openais_shapes(contract: Registry[Any], client: Asyn
     check(contract, "CreateChatCompletionResponse", chat.json())
     text = await client.post("/v1/completions", json={"model": "copy", "prompt": "a b"})
     check(contract, "CreateCompletionResponse", text.json())
+    rich = await client.post("/v1/chat/completions", json={**ASKED, "n": 2, "logprobs": True, "top_logprobs": 2})
+    check(contract, "CreateChatCompletionResponse", rich.json())
+    several = await client.post("/v1/completions", json={"model": "copy", "prompt": ["a", "b"], "n": 2, "logprobs": 2})
+    check(contract, "CreateCompletionResponse", several.json())
     models = await client.get("/v1/models")
     check(contract, "ListModelsResponse", models.json())
     check(contract, "Model", (await client.get("/v1/models/intents")).json())
-    for refused in ({"model": "nope"}, {"n": 2}, {"messages": []}):
+    for refused in ({"model": "nope"}, {"n": 0}, {"messages": []}):
         error = await client.post("/v1/chat/completions", json={**ASKED, **refused})
         check(contract, "ErrorResponse", error.json())
 
@@ -65,8 +69,11 @@ async def test_every_chunk_of_a_stream_has_openais_shape(contract: Registry[Any]
     chat = await client.post("/v1/chat/completions", json={**ASKED, **options})
     for chunk in chunks(chat.text):
         check(contract, "CreateChatCompletionStreamResponse", chunk)
+    rich = {"n": 2, "logprobs": True, "top_logprobs": 2}
+    for chunk in chunks((await client.post("/v1/chat/completions", json={**ASKED, **options, **rich})).text):
+        check(contract, "CreateChatCompletionStreamResponse", chunk)
     # The description has no null finish_reason for completions, which OpenAI's own streams send until the last chunk.
-    text = await client.post("/v1/completions", json={"model": "copy", "prompt": "a b", "stream": True})
+    text = await client.post("/v1/completions", json={"model": "copy", "prompt": "a b", "stream": True, "logprobs": 1})
     *before, last = chunks(text.text)
     assert all(chunk["choices"][0].pop("finish_reason") is None for chunk in before)
     for chunk in before:

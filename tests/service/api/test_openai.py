@@ -45,7 +45,7 @@ async def test_a_chat_completion_says_which_version_answered(client: AsyncTestCl
             "message": {"role": "assistant", "content": "hello big world", "refusal": None},
         }
     ]
-    assert body["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4, "virtual_tokens": 4}
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6, "virtual_tokens": 4}
 
 
 async def test_a_stream_has_a_role_then_deltas_then_a_reason_then_usage(client: AsyncTestClient[Any]) -> None:
@@ -148,18 +148,17 @@ async def test_models_lists_the_base_tasks_and_versions(client: AsyncTestClient[
         ({"model": "intents@prodution"}, 404, "model_not_found", "did you mean 'production'"),
         ({"model": "ft:gpt-4o-mini:acme::x"}, 404, "model_not_found", "no backend here serves 'ft:"),
         ({"model": "No Such!"}, 400, "invalid_name", "is not a model name"),
-        ({"n": 2}, 400, "unsupported_parameter", "n is not served"),
-        ({"n": 0}, 400, "unsupported_parameter", "n is not served"),
-        ({"top_logprobs": 2}, 400, "unsupported_parameter", "logprobs"),
         ({"tool_choice": "required"}, 400, "unsupported_parameter", "tool_choice"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, 400, "unsupported_parameter", "has a name"),
-        ({"logprobs": True}, 400, "unsupported_parameter", "logprobs"),
-        ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
-        ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
-        ({"presence_penalty": 0.1}, 400, "unsupported_parameter", "presence_penalty is not served"),
-        ({"frequency_penalty": 0.1}, 400, "unsupported_parameter", "frequency_penalty is not served"),
+        ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "calls no tools, only remote backends"),
+        ({"n": 0}, 400, "invalid_value", "n is 0; it must be between 1 and 128"),
+        ({"n": 129}, 400, "invalid_value", "n is 129"),
+        ({"top_logprobs": 2}, 400, "invalid_value", "top_logprobs needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "invalid_value", "logprobs is 21; it must be between 0 and 20"),
+        ({"prompt_logprobs": 1, "stream": True}, 400, "invalid_value", "leave stream or prompt_logprobs out"),
+        ({"timeout_s": 0}, 400, None, "timeout_s"),
+        ({"logit_bias": {"5": 101}}, 400, "invalid_value", "each between -100 and 100"),
         ({"max_tokens": 2**70}, 400, "invalid_value", "max_tokens is"),
-        ({"logit_bias": {"5": 1}}, 400, "unsupported_parameter", "logit_bias"),
         ({"reasoning_effort": "high"}, 400, "unsupported_parameter", "reasoning_effort"),
         ({"temperature": 9}, 400, "invalid_value", "temperature is 9.0; it must be between 0 and 2"),
         ({"max_tokens": 0}, 400, "invalid_value", "max_tokens is 0"),
@@ -178,6 +177,30 @@ async def test_bad_input_gets_openais_error_with_fact_and_place(
     assert (response.status_code, error["code"]) == (status, code)
     assert said in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "asked"),
+    [
+        ("n", {"n": 2}),
+        ("logprobs", {"logprobs": True}),
+        ("prompt_logprobs", {"prompt_logprobs": 1}),
+        ("response_format", {"response_format": {"type": "json_object"}}),
+        ("presence_penalty", {"presence_penalty": 0.1}),
+        ("frequency_penalty", {"frequency_penalty": 0.1}),
+        ("logit_bias", {"logit_bias": {"5": 1}}),
+        ("stop_token_ids", {"stop_token_ids": [5]}),
+        ("min_p", {"min_p": 0.1}),
+    ],
+)
+async def test_what_a_backend_does_not_serve_is_refused_by_its_name(
+    client: AsyncTestClient[Any], engine: ScriptedEngine, parameter: str, asked: dict[str, Any]
+) -> None:
+    engine.features = frozenset()
+    error = (await chat(client, **asked)).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", parameter)
+    assert f"{parameter} is not served by this task's backend; leave it out" in error["message"]
+    assert engine.requests == []
 
 
 async def test_malformed_bodies_and_unknown_paths_are_answered_in_the_same_shape(client: AsyncTestClient[Any]) -> None:

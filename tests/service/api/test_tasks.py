@@ -8,11 +8,12 @@ from litestar.testing import AsyncTestClient
 
 from prompt_store.prompts.task import Message
 from prompt_store.prompts.version import TextPayload
-from service.engines.base import Messages
-from service.engines.scripted import ScriptedEngine
+from service.engines.base import Delta, Messages, ResponseFormat, ScoreRequest
+from service.engines.scoring import CONTENT_FREE
+from service.engines.scripted import ScoreScript, ScriptedEngine
 from service.generation_ids import unit_hash, verify
 from tests.conftest import random_prompt
-from tests.service.serving import Store, client_of
+from tests.service.serving import QUERY, Store, client_of
 
 
 async def post(client: AsyncTestClient[Any], path: str, **body: Any) -> Any:
@@ -111,8 +112,8 @@ async def test_tasks_are_listed_with_their_aliases_and_versions(client: AsyncTes
         ("intents/classify", {"inputs": {"mesage": "x"}}, 400, "unexpected input 'mesage'"),
         ("intents/classify", {"inputs": {"message": "x"}, "version": "v7"}, 404, "no version 'v7'"),
         ("copy/classify", {"inputs": {"product": "p", "colour": "c"}}, 400, "task 'copy' is of kind 'generate'"),
-        ("copy/generate", {"inputs": {"product": "p", "colour": "c"}, "n": 2}, 400, "n"),
-        ("copy/generate", {"inputs": {"product": "p", "colour": "c"}, "min_p": 0.1}, 400, "min_p is not served"),
+        ("copy/generate", {"inputs": {"product": "p", "colour": "c"}, "n": 0}, 400, "n is 0"),
+        ("copy/generate", {"inputs": {"product": "p", "colour": "c"}, "min_p": 2}, 400, "min_p is 2"),
         ("copy/generate", {"inputs": {"product": 3, "colour": "c"}}, 400, "product"),
     ],
 )
@@ -133,6 +134,73 @@ async def test_a_task_without_a_production_version_says_what_to_do(store: Store,
     assert response.status_code == 404
     assert "no alias 'production' of task 'fresh'; publish a version of it" in response.json()["error"]["message"]
     assert "fresh" not in models
+
+
+QUESTION = {"question": "how many"}
+ANSWERS = ('{"table": "orders"}', "SELECT")
+
+
+async def test_an_extract_task_is_held_to_its_schema_unless_told_otherwise_or_the_backend_cannot(
+    client: AsyncTestClient[Any], engine: ScriptedEngine
+) -> None:
+    await post(client, "query/generate", inputs=QUESTION)
+    await post(client, "query/generate", inputs=QUESTION, constrained=False)
+    engine.features -= {"structured_output"}
+    assert (await post(client, "query/generate", inputs=QUESTION)).status_code == 200
+    held, free, unable = (request.response_format for request in engine.requests)
+    assert (held.kind, held.json_schema) == ("json_schema", QUERY["json_schema"])
+    assert free == unable == ResponseFormat()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_answers_come_each_with_its_own_reading(
+    client: AsyncTestClient[Any], engine: ScriptedEngine, stream: bool
+) -> None:
+    engine.script = lambda _: [Delta(text, (1,), index) for index, text in enumerate(ANSWERS)]
+    response = await post(client, "query/generate", inputs=QUESTION, n=2, stream=stream)
+    body = response.json() if not stream else json.loads(response.text.split("\n\n")[2].removeprefix("data: "))
+    assert [(answer["text"], answer["parsed"]) for answer in body["answers"]] == [
+        (ANSWERS[0], {"table": "orders"}),
+        (ANSWERS[1], None),
+    ]
+    assert (body["text"], body["parsed"], body["usage"]["completion_tokens"]) == (ANSWERS[0], {"table": "orders"}, 2)
+    if stream:
+        told = [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n")[:2]]
+        assert [(event["index"], event["delta"]) for event in told] == list(enumerate(ANSWERS))
+
+
+def letters(prior: list[float], given: list[float]) -> ScoreScript:
+    """Scores that depend on whether the labels follow an input that says nothing."""
+
+    def scores(request: ScoreRequest) -> list[float]:
+        assert isinstance(request.prompt, Messages)
+        return prior if request.prompt.messages[-1].content == CONTENT_FREE else given
+
+    return scores
+
+
+async def test_calibration_takes_out_what_the_model_prefers_anyway_and_asks_for_it_once(
+    client: AsyncTestClient[Any], engine: ScriptedEngine
+) -> None:
+    engine.scores = letters(prior=[-1.0, -5.0, -5.0], given=[-2.0, -3.0, -6.0])
+    asked = {"inputs": {"message": "where is it"}}
+    assert (await post(client, "intents/classify", **asked)).json()["label"] == "get refund"
+    calibrated = [(await post(client, "intents/classify", **asked, calibrate=True)).json() for _ in range(3)]
+    assert {body["label"] for body in calibrated} == {"track order"}
+    assert sum(label["probability"] for label in calibrated[0]["labels"]) == pytest.approx(1.0)
+    contents = [request.prompt.messages[-1].content for request in engine.score_requests]
+    assert contents.count(CONTENT_FREE) == 1
+    assert "agreement" not in calibrated[0]
+
+
+async def test_length_normalisation_lets_a_longer_label_win(
+    client: AsyncTestClient[Any], engine: ScriptedEngine
+) -> None:
+    engine.scores = lambda _: [-3.0, -9.0, -2.4]  # of 3, 3 and 2 tokens
+    asked = {"inputs": {"message": "x"}}
+    assert (await post(client, "intents/classify", **asked)).json()["label"] == "greeting"
+    assert (await post(client, "intents/classify", **asked, normalise="length")).json()["label"] == "get refund"
+    assert (await post(client, "intents/classify", **asked, normalise="words")).status_code == 400
 
 
 _PLAIN: dict[str, Any] = {
