@@ -16,7 +16,7 @@ from torch import Tensor
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from service.engines.base_model import BaseModel
 from service.engines.errors import BaseModelError
-from service.engines.local.detokenizer import Detokenizer
+from service.engines.local.detokenizer import Detokenizer, TextDecoder
 from service.engines.local.kv_cache import PrefixStore
 from service.engines.local.messages import Failure, Output, Register, Score, Scored, Stats, Step, Submit
 from service.engines.local.model_runner import ModelRunner, load_weights
@@ -58,6 +58,7 @@ class EngineCore:
     def __init__(self, runner: ModelRunner, options: EngineOptions) -> None:
         self._runner = runner
         self._base = runner.base
+        self._decoder = TextDecoder(runner.base.tokenizer)
         self._scheduler = Scheduler(slots=runner.cache.slots, max_batch_tokens=options.max_batch_tokens)
         self._prefixes = PrefixStore(runner.compute_prefix, options.prefix_memory_bytes)
         self._work: dict[str, _Generation | _Scoring] = {}
@@ -105,7 +106,7 @@ class EngineCore:
         if sequence is not None:
             choosing = command.choosing
             sampling = RowSampling(choosing.temperature, choosing.top_p, choosing.top_k, choosing.seed)
-            detokenizer = Detokenizer(self._base.tokenizer, tuple(command.stop))
+            detokenizer = Detokenizer(self._decoder, tuple(command.stop), min_tokens=choosing.min_tokens)
             self._work[command.id] = _Generation(sequence, command.max_tokens, sampling, detokenizer)
 
     def score(self, command: Score) -> None:
