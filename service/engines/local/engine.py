@@ -104,9 +104,8 @@ class EngineCore:
         """Queue a generation."""
         sequence = self._enqueue(command)
         if sequence is not None:
-            choosing = command.choosing
-            sampling = RowSampling(choosing.temperature, choosing.top_p, choosing.top_k, choosing.seed)
-            detokenizer = Detokenizer(self._decoder, tuple(command.stop), min_tokens=choosing.min_tokens)
+            sampling = RowSampling(command.choosing, command.token_ids, self._base.eos_token_ids)
+            detokenizer = Detokenizer(self._decoder, tuple(command.stop), min_tokens=command.choosing.min_tokens)
             self._work[command.id] = _Generation(sequence, command.max_tokens, sampling, detokenizer)
 
     def score(self, command: Score) -> None:
@@ -207,7 +206,7 @@ class EngineCore:
     def _choose(self, generations: list[_Generation], logits: Tensor) -> None:
         """Append each generation's next token; where that raises, each row goes alone, so that only it fails."""
         try:
-            tokens = choose(logits, [generation.sampling for generation in generations])
+            choices = choose(logits, [generation.sampling for generation in generations])
         except Exception as error:  # as in _run
             if len(generations) > 1:
                 for row, generation in enumerate(generations):
@@ -216,20 +215,21 @@ class EngineCore:
             log.exception("no token could be chosen for %s", generations[0].sequence.id)
             self._fail(generations[0].sequence.id, f"no token could be chosen: {error}")
             return
-        for generation, token in zip(generations, tokens, strict=True):
+        for generation, choice in zip(generations, choices, strict=True):
             try:
-                self._append(generation, token)
+                self._append(generation, choice.token)
             except Exception as error:  # as in _run: the tokenizer is foreign code too
-                log.exception("token %d of %s could not be taken", token, generation.sequence.id)
+                log.exception("token %d of %s could not be taken", choice.token, generation.sequence.id)
                 self._fail(generation.sequence.id, f"its text could not be decoded: {error}")
 
     def _append(self, generation: _Generation, token: int) -> None:
         sequence = generation.sequence
         self._tokens_generated += 1
         made = len(sequence.token_ids) - sequence.prompt_tokens + 1
-        if token in self._base.eos_token_ids:
+        if generation.sampling.ends(token):
             self._finish(generation, generation.detokenizer.finish(), [token], "stop")
             return
+        generation.sampling.take(token)
         text = generation.detokenizer.add(token)
         if generation.detokenizer.stopped:
             self._finish(generation, text, [token], "stop")
