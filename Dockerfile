@@ -4,6 +4,7 @@
 #   docker build --build-arg TORCH_BACKEND=cu130 -t softcue .     torch for CUDA 13.0
 #   docker run -p 127.0.0.1:8000:8000 -v softcue:/var/lib/softcue softcue
 #
+# gcc is there because the engine compiles its kernels for the processor that it meets, at the first start.
 # Podman and buildah keep the health check with --format docker only.
 ARG BASE_IMAGE=python:3.12-slim
 
@@ -22,7 +23,7 @@ RUN /opt/uv/bin/uv pip install --python /opt/venv/bin/python --torch-backend "${
 
 FROM ${BASE_IMAGE}
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates \
+    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 softcue \
     && useradd --uid 10001 --gid softcue --create-home softcue \

@@ -75,6 +75,7 @@ def serve(
                 lifespan="on",
                 log_config=None,
                 access_log=False,
+                proxy_headers=False,  # nothing here reads the address of a client
                 timeout_graceful_shutdown=round(settings.server.drain_s) + _LAST_WORDS_S,
             )
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.engines.base import Engine
@@ -75,21 +75,30 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = {name: engine.stats() for name, engine in self._engines.items()}
+        info = InfoMetricFamily("softcue_engine", "How the base model's weights are run", labels=["backend"])
+        for name, engine in self._engines.items():
+            info.add_metric([name], {"run_as": engine.capabilities().run_as})
+        yield info
         gauges = (
             ("ready", "Whether the engine takes requests"),
-            ("waiting", "Requests that wait for a slot"),
+            ("waiting", "Requests that wait to run"),
             ("running", "Requests in the batch"),
-            ("kv_slots", "KV slots"),
-            ("kv_slots_used", "KV slots in use"),
-            ("prefixes", "Soft prompts whose KV is in memory"),
-            ("prefix_bytes", "Bytes of their KV"),
+            ("kv_bytes", "Bytes of KV in use"),
+            ("kv_budget_bytes", "Bytes of KV that may be used"),
+            ("prompts", "Soft prompts whose KV is in memory"),
+            ("prompt_bytes", "Bytes of their KV"),
         )
         for field, text in gauges:
             gauge = GaugeMetricFamily(f"softcue_engine_{field}", text, labels=["backend"])
             for name, values in stats.items():
                 gauge.add_metric([name], float(getattr(values, field)))
             yield gauge
-        for field, text in (("tokens_generated", "Tokens made"), ("restarts", "Times the engine was lost")):
+        counters = (
+            ("tokens_generated", "Tokens made"),
+            ("preemptions", "Times a request gave its KV back and waited again"),
+            ("restarts", "Times the engine was lost"),
+        )
+        for field, text in counters:
             counter = CounterMetricFamily(f"softcue_engine_{field}", text, labels=["backend"])
             for name, values in stats.items():
                 counter.add_metric([name], float(getattr(values, field)))

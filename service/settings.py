@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel as Document
 from pydantic import ConfigDict, Field, ValidationError
 
-from service.engines.local.options import EngineOptions
+from service.engines.local.options import EngineOptions, Precision, Quantization
 
 
 class SettingsError(Exception):
@@ -51,11 +51,13 @@ class EngineSettings(_Section):
     """How the local engine runs; see EngineOptions."""
 
     device: str = "cpu"
+    dtype: Precision = "auto"
     threads: int = Field(0, ge=0)
-    max_sequences: int = Field(32, ge=1)
+    max_sequences: int = Field(64, ge=1)
     max_batch_tokens: int = Field(512, ge=1)
     kv_memory_bytes: int = Field(2 * 1024**3, ge=1)
-    prefix_memory_bytes: int = Field(512 * 1024**2, ge=0)
+    quantize: Quantization = "none"
+    kernels: bool = True
     max_waiting: int = Field(256, ge=0)
     ready_timeout_s: float = Field(30.0, gt=0)
 

@@ -33,7 +33,11 @@ FORBIDDEN = {
 # Only these may import torch: everything else is loaded by the HTTP process.
 TORCH = {
     "service.engines.local.attention", "service.engines.local.kv_cache", "service.engines.local.model_runner",
-    "service.engines.local.sampler", "service.engines.local.engine",
+    "service.engines.local.sampler", "service.engines.local.engine", "service.engines.local.kernels",
+    "service.engines.local.operators", "service.engines.local.packing", "service.engines.local.program",
+    "service.engines.local.survey", "service.engines.local.tensors", "service.engines.local.graphs",
+    "service.engines.local.sizing", "service.engines.local.varlen", "service.engines.local.weights",
+    "service.engines.local.passes",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from prompt_store.prompts.artifact import read_artifact
 from prompt_store.prompts.registry import Registry
 from prompt_store.prompts.task import load_task
 from service.engines.base_model import BaseModel
-from service.engines.local.model_runner import load_weights
+from service.engines.local.weights import load_weights
 from tests.conftest import ROOT
 from training.dataset import Findings, load_dataset, read_examples
 from training.evaluate import Evaluator

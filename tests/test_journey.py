@@ -195,11 +195,11 @@ def test_tune_publish_serve_stream_roll_back_and_survive(server: Server, tmp_pat
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
         lines = response.iter_lines()  # held, because dropping it closes the response
         next(lines)
-        assert server.metric("softcue_engine_kv_slots_used") == 1
-    eventually(lambda: server.metric("softcue_engine_kv_slots_used"), lambda used: used == 0)
+        assert server.metric("softcue_engine_running") == 1
+    eventually(lambda: server.metric("softcue_engine_running"), lambda used: used == 0)
     with httpx.Client(timeout=30) as impatient, pytest.raises(httpx.ReadTimeout):
         impatient.post(f"{server.url}/v1/completions", json={**body, "stream": False}, timeout=0.2)
-    eventually(lambda: server.metric("softcue_engine_kv_slots_used"), lambda used: used == 0)
+    eventually(lambda: server.metric("softcue_engine_running"), lambda used: used == 0)
 
     # A second version takes production over while requests run; moving the alias back brings the old answers back.
     second = write_recipe(tmp_path / "second", **{"seed = 1": "seed = 2", "max_steps = 8": "max_steps = 4"})

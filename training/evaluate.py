@@ -25,7 +25,7 @@ from service.engines.base import (
 from service.engines.base_model import BaseModel
 from service.engines.local import attention
 from service.engines.local.client import LocalEngine
-from service.engines.local.engine import EngineCore, slots_within
+from service.engines.local.engine import EngineCore
 from service.engines.local.model_runner import ModelRunner
 from service.engines.local.options import EngineOptions
 from service.engines.local.thread import ThreadHost
@@ -151,7 +151,4 @@ class Evaluator:
 
     def _load(self) -> EngineCore:
         options = EngineOptions(max_batch_tokens=2048)
-        slots = slots_within(self._base, options, self._model.dtype.itemsize)
-        runner = ModelRunner(self._base, self._model, slots=slots)
-        runner.probe()
-        return EngineCore(runner, options)
+        return EngineCore(ModelRunner.over(self._base, self._model, options), options)

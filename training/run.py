@@ -24,7 +24,7 @@ from prompt_store.prompts.task import Message, Task, load_task
 from prompt_store.prompts.version import PromptVersion, Provenance, SoftPromptPayload, TextPayload
 from prompt_store.routes import DEFAULT_ALIAS
 from service.engines.base_model import BaseModel, open_base_model
-from service.engines.local.model_runner import embedding_matrix, load_weights
+from service.engines.local.weights import embedding_matrix, load_weights
 from training import checkpoint, report
 from training.checkpoint import Progress
 from training.dataset import Dataset, load_dataset, tokenise

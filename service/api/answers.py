@@ -148,7 +148,7 @@ def answer_unreadable(_: Request[Any, Any, Any], error: Exception) -> Response[d
     return Response(body, status_code=400, media_type=MediaType.JSON)
 
 
-def require_json(request: Request[Any, Any, Any]) -> None:
+async def require_json(request: Request[Any, Any, Any]) -> None:
     """Before each request: a body must say that it is JSON, so that no web page can send one without being asked."""
     given = request.headers.get("content-type", "")
     if request.method in ("POST", "PUT", "PATCH") and given.partition(";")[0].strip().lower() != "application/json":

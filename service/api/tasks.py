@@ -29,7 +29,8 @@ from service.routing.generation import Generation
 class GenerateBody(SamplingBody):
     """Inputs by field name; `version` is an alias, `v7` or a digest, the task's route decides when it is left out.
 
-    An extract task's answer is held to the task's schema while it is made, unless `constrained` is false.
+    An extract task's answer is held to the task's schema while it is made, as far as a grammar can say it, unless
+    `constrained` is false; it is checked against all of it in any case.
     """
 
     inputs: dict[str, str]
@@ -181,7 +182,7 @@ def _answer_form(target: Target, router: Router) -> ResponseFormat:
     assert target.task is not None
     if target.task.task.kind != "extract" or not router.serves(target, "structured_output"):
         return ResponseFormat()
-    return ResponseFormat("json_schema", target.task.task.json_schema)
+    return ResponseFormat("json_schema", target.task.task.json_schema, lenient=True)
 
 
 def _extracted(task: Task, text: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from prompt_store.access import ANONYMOUS, Principal
-from prompt_store.prompts.soft_prompt import SoftPrompt
+from prompt_store.prompts.soft_prompt import SoftPrompt, tensor_digest
 from prompt_store.prompts.task import Message
 from service.engines.errors import InvalidRequest, UnsupportedFeature
 
@@ -48,17 +48,35 @@ class TokenIds:
 Prompt = Messages | RawText | TokenIds
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """A prefix-tuning prompt: keys and values of every layer, [L, 2, KV heads, P, D], in F32, BF16 or F16."""
+
+    dtype: str
+    shape: tuple[int, int, int, int, int]
+    data: bytes
+
+    @property
+    def length(self) -> int:
+        """P, the number of virtual tokens."""
+        return self.shape[3]
+
+    @property
+    def digest(self) -> str:
+        return tensor_digest(self.dtype, self.shape, self.data)
+
+
 @dataclass(frozen=True, slots=True)
 class SoftPromptReference:
-    """A soft prompt by its tensor digest; `load` reads the tensor when an engine meets it for the first time."""
+    """A soft prompt or prefix by its tensor digest; `load` reads the tensor when an engine first meets it."""
 
     digest: str
     length: int
     base_fingerprint: str
-    load: Callable[[], SoftPrompt]
+    load: Callable[[], SoftPrompt | Prefix]
 
     @classmethod
-    def to(cls, prompt: SoftPrompt, base_fingerprint: str) -> SoftPromptReference:
+    def to(cls, prompt: SoftPrompt | Prefix, base_fingerprint: str) -> SoftPromptReference:
         """Refer to a soft prompt that is in memory."""
         return cls(prompt.digest, prompt.length, base_fingerprint, lambda: prompt)
 
@@ -115,12 +133,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class ResponseFormat:
-    """The form an answer must take: a JSON schema for `json_schema`, a pattern for `regex`, texts for `choice`."""
+    """The form an answer must take: a JSON schema for `json_schema`, a pattern for `regex`, texts for `choice`.
+
+    `lenient` leaves out of a schema what an engine cannot hold an answer to, instead of refusing it; whoever asks so
+    checks the answer himself.
+    """
 
     kind: Literal["text", "json_object", "json_schema", "regex", "choice"] = "text"
     json_schema: Mapping[str, Any] | None = None
     regex: str | None = None
     choices: tuple[str, ...] = ()
+    lenient: bool = False
 
     def check(self) -> None:
         """Raise InvalidRequest for a form without what it is a form of."""
@@ -228,7 +251,7 @@ class Prompted:
     """The prompt as it was laid out; comes first where `echo` or `prompt_logprobs` asked for it.
 
     `logprobs` and `pieces` (each token's own text and bytes, as in TokenLogprob) have an entry a token where
-    `prompt_logprobs` asked for them. The first of `logprobs` is None unless a soft prompt stands before it.
+    `prompt_logprobs` asked for them. The first of `logprobs` is None: nothing says what it should have been.
     """
 
     token_ids: tuple[int, ...]
@@ -269,26 +292,32 @@ GenerationEvent = Prompted | Delta | Finish
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an engine serves: payload kinds of PromptVersion, and feature names as `required_features` gives them."""
+    """What an engine serves: payload kinds of PromptVersion, and feature names as `required_features` gives them.
+
+    `run_as` says how the base model's weights are run, such as "int8 on cpu".
+    """
 
     payload_kinds: frozenset[str]
     features: frozenset[str]
     context_length: int
+    run_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A moment of an engine's life."""
+    """A moment of an engine's life. `kv_bytes` is all KV in use, `prompt_bytes` that of soft prompts among it."""
 
-    ready: bool
-    waiting: int
-    running: int
-    kv_slots: int
-    kv_slots_used: int
-    prefixes: int
-    prefix_bytes: int
-    tokens_generated: int
-    restarts: int
+    ready: bool = False
+    waiting: int = 0
+    running: int = 0
+    max_running: int = 0
+    kv_bytes: int = 0
+    kv_budget_bytes: int = 0
+    prompts: int = 0
+    prompt_bytes: int = 0
+    tokens_generated: int = 0
+    preemptions: int = 0
+    restarts: int = 0
 
 
 class Engine(Protocol):

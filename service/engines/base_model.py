@@ -52,21 +52,29 @@ class BaseModel:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.text_config["hidden_size"] if "hidden_size" in self.text_config else self.text_config["n_embd"])
+        return self._size("hidden_size", "n_embd", "d_model")
 
     @property
     def layers(self) -> int:
-        key = "num_hidden_layers" if "num_hidden_layers" in self.text_config else "n_layer"
-        return int(self.text_config[key])
+        return self._size("num_hidden_layers", "n_layer", "num_layers")
 
     @property
     def vocabulary_size(self) -> int:
-        return int(self.text_config["vocab_size"])
+        return self._size("vocab_size")
 
     @property
     def context_length(self) -> int:
-        key = "max_position_embeddings" if "max_position_embeddings" in self.text_config else "n_positions"
-        return int(self.text_config[key])
+        return self._size("max_position_embeddings", "n_positions")
+
+    def _size(self, *keys: str) -> int:
+        """The first of these that the configuration has: architectures name the same thing differently."""
+        for key in keys:
+            if isinstance(size := self.text_config.get(key), int):
+                return size
+        raise BaseModelError(
+            f"config.json of base model '{self.name}' has no '{keys[0]}', so it is no decoder with attention that can "
+            "be served here"
+        )
 
     def describe(self) -> BaseDescription:
         """What the store keeps of this base."""
@@ -150,6 +158,11 @@ class BaseModel:
         """Raise PromptTooLong unless the prompt and one new token fit the context."""
         if prompt_tokens + virtual_tokens + 1 > self.context_length:
             raise PromptTooLong(prompt_tokens, virtual_tokens, self.context_length)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Token ids as text, special tokens left out."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
 
     def continuation(self, text: str) -> list[int]:
         """The token ids of an answer as training and scoring see it: its text, then the end-of-sequence token."""

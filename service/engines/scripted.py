@@ -163,7 +163,7 @@ class ScriptedEngine:
         self.warmed.discard(digest)
 
     def stats(self) -> EngineStats:
-        return EngineStats(self._started, 0, len(self.running), 0, 0, len(self.warmed), 0, 0, 0)
+        return EngineStats(ready=self._started, running=len(self.running), prompts=len(self.warmed))
 
     def capabilities(self) -> Capabilities:
         return Capabilities(frozenset({"soft_prompt", "text"}), self.features, self.context_length)

@@ -34,6 +34,7 @@ def test_paths_in_the_file_are_relative_to_it_and_urls_stay(tmp_path: Path) -> N
         ("[server]\nprot = 1\n", r"there is no setting server\.prot; did you mean server\.port\?"),
         ("[sever]\n", r"there is no section \[sever\]; did you mean server\?"),
         ("[server]\nport = 'many'\n", r"setting server\.port: .*'many'"),
+        ("[engine]\ndtype = 'half'\n", r"setting engine\.dtype: .*'bfloat16'.*'half'"),
         ("[server\n", "is not TOML"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from service.engines.base_model import BaseModel
-from service.engines.local.model_runner import embedding_matrix, load_weights
+from service.engines.local.weights import embedding_matrix, load_weights
 from training.errors import InitialisationError
 from training.initialise import COMMON_TOKENS, from_labels, from_random, from_text, from_vocabulary
 

@@ -9,7 +9,7 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from service.engines.base_model import BaseModel
-from service.engines.local.model_runner import load_weights
+from service.engines.local.weights import load_weights
 from training.dataset import Tokens
 from training.errors import Diverged
 from training.optimise import Optimiser, answer_loss, learning_rate

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
-from typing import Literal, cast
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import cast
 
 import msgspec
 
@@ -20,12 +22,16 @@ from service.engines.base import (
     Delta,
     EngineStats,
     Finish,
+    FinishReason,
     GenerationEvent,
     GenerationRequest,
     Prompt,
+    Prompted,
+    ResponseFormat,
     ScoreRequest,
     Scores,
     SoftPromptReference,
+    TokenLogprob,
     Usage,
     check_supported,
     text_size,
@@ -33,6 +39,7 @@ from service.engines.base import (
 from service.engines.base_model import BaseModel
 from service.engines.errors import (
     BaseModelError,
+    DeadlineExceeded,
     EngineError,
     EngineUnavailable,
     GenerationFailed,
@@ -40,6 +47,7 @@ from service.engines.errors import (
     QueueFull,
     WrongBase,
 )
+from service.engines.local.grammar import check_grammar
 from service.engines.local.known_prompts import KnownPrompts
 from service.engines.local.messages import (
     LENGTH_BYTES,
@@ -47,7 +55,10 @@ from service.engines.local.messages import (
     Choosing,
     Command,
     Event,
+    Grammar,
+    Logprob,
     Output,
+    PromptScored,
     Ready,
     Registered,
     Score,
@@ -61,16 +72,29 @@ from service.engines.local.messages import (
     frame,
 )
 from service.engines.local.process import Host
+from service.engines.local.token_text import token_text
 
 log = logging.getLogger(__name__)
 
-_NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0)
+_NO_STATS = Stats()
 _LONGEST_PAUSE_S = 10.0
 _STEADY_AFTER_S = 60.0
 _STOP_TIMEOUT_S = 5.0
 _LONG_TEXT = 20_000
 
-_News = Output | Scored | EngineError
+_FEATURES = frozenset(
+    {
+        "n", "logprobs", "prompt_logprobs", "echo", "structured_output", "deadline", "min_p", "min_tokens",
+        "ignore_eos", "stop_token_ids", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias",
+    }
+)  # fmt: skip
+_FAILURES: dict[str, Callable[[str], EngineError]] = {
+    "failed": GenerationFailed,
+    "deadline": DeadlineExceeded,
+    "invalid": InvalidRequest,
+}
+
+_News = Output | PromptScored | Scored | EngineError
 
 
 class LocalEngine:
@@ -90,7 +114,8 @@ class LocalEngine:
         self._idle.set()
         self._stats = _NO_STATS
         self._restarts = 0
-        self._slots = 0
+        self._run_as = ""
+        self._max_running = 0
         self._closing = asyncio.Event()
         self._started_once = False
         self._refused: BaseModelError | None = None
@@ -129,33 +154,40 @@ class LocalEngine:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
         """Deltas, then one Finish. See `Engine`; raises any of the EngineError tree."""
         check_supported(request, self.capabilities())
-        sampling = request.sampling
-        sampling.check()
+        asked_s = time.monotonic()
         token_ids = await self._lay_out(request.prompt, request.soft_prompt)
-        command = Submit(
-            id=request.id,
-            token_ids=token_ids,
-            soft_prompt=request.soft_prompt.digest if request.soft_prompt else None,
-            max_tokens=sampling.max_tokens,
-            choosing=Choosing(sampling.temperature, sampling.top_p, sampling.top_k, seed=sampling.seed),
-            stop=list(sampling.stop),
-        )
-        news = await self._admit(request.id, request.soft_prompt)
+        command = self._submit(request, token_ids)
+        if command.grammar is not None:  # a hostile one takes a third of a second to be refused
+            await asyncio.to_thread(check_grammar, command.grammar)
+        news = await self._admit(request.id, request.soft_prompt, _time_left(request.deadline_s, asked_s))
+        prompted = Prompted(tuple(token_ids), self.base.text_of(token_ids)) if _wants_prompt(request) else None
         completion_tokens = 0
+        reasons: dict[int, FinishReason] = {}
         virtual_tokens = request.soft_prompt.length if request.soft_prompt else 0
         try:
-            self._ask(command)
-            while True:
+            self._ask(msgspec.structs.replace(command, deadline_s=_time_left(request.deadline_s, asked_s)))
+            while len(reasons) < request.n:
                 output = await news.get()
                 if isinstance(output, EngineError):
                     raise output
+                if isinstance(output, PromptScored):
+                    assert prompted is not None
+                    scored = tuple(self._logprob(entry) if entry is not None else None for entry in output.logprobs)
+                    pieces = tuple(map(self._token_text, token_ids))
+                    prompted = dataclasses.replace(prompted, logprobs=scored, pieces=pieces)
+                    continue
                 assert isinstance(output, Output)
+                if prompted is not None:
+                    yield prompted
+                    prompted = None
                 completion_tokens += len(output.token_ids)
-                yield Delta(output.text, tuple(output.token_ids))
-                if output.finish_reason is not None:
-                    reason = cast(Literal["stop", "length"], output.finish_reason)
-                    yield Finish(reason, Usage(len(token_ids), completion_tokens, virtual_tokens))
-                    return
+                reason = cast(FinishReason | None, output.finish_reason)
+                logprobs = tuple(map(self._logprob, output.logprobs))
+                yield Delta(output.text, tuple(output.token_ids), output.index, logprobs, reason)
+                if reason is not None:
+                    reasons[output.index] = reason
+            self._forget(request.id)
+            yield Finish(reasons[0], Usage(len(token_ids), completion_tokens, virtual_tokens))
         finally:
             self._leave(request.id)
 
@@ -163,21 +195,24 @@ class LocalEngine:
         """Log-probabilities of the continuations; see `ScoreRequest`."""
         if not request.continuations:
             raise InvalidRequest("there is nothing to score; name at least one continuation", parameter="continuations")
+        asked_s = time.monotonic()
         token_ids = await self._lay_out(request.prompt, request.soft_prompt)
         virtual_tokens = request.soft_prompt.length if request.soft_prompt else 0
         continuations = [self.base.continuation(text) for text in request.continuations]
         self.base.check_length(len(token_ids) + max(map(len, continuations)) - 1, virtual_tokens)
         digest = request.soft_prompt.digest if request.soft_prompt else None
-        news = await self._admit(request.id, request.soft_prompt)
+        news = await self._admit(request.id, request.soft_prompt, _time_left(request.deadline_s, asked_s))
         try:
-            self._ask(Score(request.id, token_ids, digest, continuations))
+            left_s = _time_left(request.deadline_s, asked_s)
+            self._ask(Score(request.id, token_ids, digest, continuations, left_s, request.task))
             answer = await news.get()
             if isinstance(answer, EngineError):
                 raise answer
             assert isinstance(answer, Scored)
         finally:
             self._leave(request.id)
-        return Scores(tuple(answer.log_probabilities), Usage(len(token_ids), 0, virtual_tokens))
+        usage = Usage(len(token_ids), 0, virtual_tokens)
+        return Scores(tuple(answer.log_probabilities), usage, tuple(map(len, continuations)))
 
     async def warm(self, soft_prompt: SoftPromptReference) -> None:
         """Compute a soft prompt's KV now and keep it until `release`, over restarts too."""
@@ -195,9 +230,38 @@ class LocalEngine:
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            payload_kinds=frozenset({"soft_prompt", "text"}),
-            features=frozenset(),
+            payload_kinds=frozenset({"soft_prompt", "prefix", "text"}),
+            features=_FEATURES,
             context_length=self.base.context_length,
+            run_as=self._run_as,
+        )
+
+    def _logprob(self, entry: Logprob) -> TokenLogprob:
+        """A token's log-probability with what the token says."""
+        top = tuple(TokenLogprob(token, logprob, (), *self._token_text(token)) for token, logprob in entry.top)
+        return TokenLogprob(entry.token_id, entry.logprob, top, *self._token_text(entry.token_id))
+
+    def _token_text(self, token_id: int) -> tuple[str, bytes]:
+        return token_text(self.base.tokenizer, token_id)
+
+    def _submit(self, request: GenerationRequest, token_ids: list[int]) -> Submit:
+        """The request as the engine takes it. Raises InvalidRequest for values that cannot be served."""
+        request.check()
+        sampling = request.sampling
+        self.base.check_tokens(sampling)
+        return Submit(
+            id=request.id,
+            token_ids=token_ids,
+            soft_prompt=request.soft_prompt.digest if request.soft_prompt else None,
+            max_tokens=sampling.max_tokens,
+            choosing=Choosing(**{name: getattr(sampling, name) for name in Choosing.__struct_fields__}),
+            stop=list(sampling.stop),
+            n=request.n,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.prompt_logprobs,
+            grammar=_grammar(request.response_format),
+            stream=request.stream,
+            task=request.task,
         )
 
     async def _lay_out(self, prompt: Prompt, soft_prompt: SoftPromptReference | None) -> list[int]:
@@ -218,11 +282,16 @@ class LocalEngine:
                 parameter="model",
             )
 
-    async def _admit(self, request_id: str, soft_prompt: SoftPromptReference | None) -> asyncio.Queue[_News]:
-        """A place for a request's news, once the engine is ready and knows the soft prompt."""
+    async def _admit(
+        self, request_id: str, soft_prompt: SoftPromptReference | None, left_s: float | None
+    ) -> asyncio.Queue[_News]:
+        """A place for a request's news, once the engine is ready and knows the soft prompt.
+
+        Raises DeadlineExceeded where that takes longer than `left_s` seconds.
+        """
         self._check_open()
-        if len(self._pending) >= self._slots + self._max_waiting:
-            raise QueueFull(len(self._pending) - self._slots, retry_after_s=1.0)
+        if len(self._pending) >= self._max_running + self._max_waiting:
+            raise QueueFull(len(self._pending) - self._max_running, retry_after_s=1.0)
         if request_id in self._pending:
             raise InvalidRequest(
                 f"a request with id {request_id} is running already; give each its own", parameter="id"
@@ -231,13 +300,16 @@ class LocalEngine:
         self._pending[request_id] = news
         self._idle.clear()
         try:
-            await self._wait_ready()
-            if soft_prompt is not None:
-                await self._prompts.ensure(soft_prompt)
+            async with asyncio.timeout(left_s) as limit:
+                await self._wait_ready()
+                if soft_prompt is not None:
+                    await self._prompts.ensure(soft_prompt)
             if not news.empty() and isinstance(lost := news.get_nowait(), EngineError):
                 raise lost  # the engine was lost while we waited; what it was told is gone
-        except BaseException:
+        except BaseException as error:
             self._forget(request_id)
+            if isinstance(error, TimeoutError) and limit.expired():
+                raise DeadlineExceeded("the deadline passed before the engine could begin; allow more time") from None
             raise
         return news
 
@@ -339,18 +411,23 @@ class LocalEngine:
             match event:
                 case Step():
                     self._stats = event.stats
+                    for prompt in event.prompts:
+                        self._deliver(prompt.id, prompt, last=False)
                     for output in event.outputs:
-                        self._deliver(output.id, output, last=output.finish_reason is not None)
+                        self._deliver(output.id, output, last=False)
                     for scored in event.scored:
                         self._deliver(scored.id, scored, last=True)
                     for failure in event.failures:
-                        self._deliver(failure.id, GenerationFailed(failure.message), last=True)
+                        self._deliver(failure.id, _FAILURES[failure.kind](failure.message), last=True)
+                    for registered in event.registered:
+                        self._prompts.registered(registered.digest, registered.error)
                 case Registered():
                     self._stats = event.stats
                     self._prompts.registered(event.digest, event.error)
                 case Ready():
                     self._stats = event.stats
-                    self._slots = event.stats.kv_slots
+                    self._max_running = event.stats.max_running
+                    self._run_as = event.run_as
                     self._started_once = True
                     self._ready.set()
                     self._prompts.engine_started()
@@ -365,3 +442,28 @@ class LocalEngine:
         self._stats = _NO_STATS
         self._prompts.engine_lost()
         self._fail(self._sent, "the engine was lost while it worked on this; send the request again")
+
+
+def _wants_prompt(request: GenerationRequest) -> bool:
+    return request.echo or request.prompt_logprobs is not None
+
+
+def _grammar(form: ResponseFormat) -> Grammar | None:
+    """The grammar that an answer must follow."""
+    match form.kind:
+        case "text":
+            return None
+        case "json_object":
+            return Grammar("json_schema", '{"type": "object"}')
+        case "json_schema":
+            schema = form.json_schema if form.json_schema is not None else {}
+            return Grammar("json_schema", json.dumps(schema), form.lenient)
+        case "regex":
+            return Grammar("regex", form.regex or "")
+        case "choice":
+            return Grammar("choice", json.dumps(form.choices))
+
+
+def _time_left(deadline_s: float | None, asked_s: float) -> float | None:
+    """Seconds that are left of a deadline counted from `asked_s` (`time.monotonic`)."""
+    return None if deadline_s is None else deadline_s - (time.monotonic() - asked_s)

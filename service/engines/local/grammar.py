@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Collection
 from functools import cache, cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -24,6 +25,11 @@ _CACHED_GRAMMARS = 32
 _MAX_REASON_CHARACTERS = 200
 # A model that is lost in a grammar likes to write blanks for ever. These are enough for JSON indented by eight levels.
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,33}"
+
+
+def _json_options(lenient: bool) -> Any:
+    """oneOf is followed as anyOf: most schemas' alternatives exclude each other, and no grammar counts matches."""
+    return {"whitespace_pattern": _BLANKS, "coerce_one_of": True, "lenient": lenient}
 
 
 def _limits() -> LLParserLimits:
@@ -158,7 +164,7 @@ def _source(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
             try:
-                return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": _BLANKS})
+                return LLMatcher.grammar_from_json_schema(grammar.text, overrides=_json_options(grammar.lenient))
             except ValueError as error:
                 raise _refusal(str(error)) from error
         case "regex":

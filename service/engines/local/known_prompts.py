@@ -14,7 +14,7 @@ from service.engines.local.messages import Command, Register, Release
 
 log = logging.getLogger(__name__)
 
-_MOST_KNOWN = 1024
+_MOST_KNOWN = 16_384
 
 
 class KnownPrompts:

@@ -1,128 +1,134 @@
-"""Where keys and values live: one slot a running sequence, and the KV of soft prompts computed once.
-
-Slots hold `[S, KV heads, context, D]` a layer; a soft prompt's KV is copied to the front of a slot when a sequence that
-uses it is admitted. Prefixes are keyed by the soft prompt's digest, never by a name.
-"""
+"""Where keys and values lie: blocks of positions, laid out for whoever computes attention over them."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import contextlib
+import math
+import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from service.engines.local.blocks import BLOCK_TOKENS
+
+_DIM_MULTIPLE = 16
+
+Layout = Literal["turned", "pages"]
+
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """The sizes of one model's KV."""
+    """The sizes of one model's KV, and how it is cut into blocks."""
 
     layers: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    layout: Layout = "turned"
+    block_tokens: int = BLOCK_TOKENS
+
+    @property
+    def padded_dim(self) -> int:
+        """The head dimension as it is stored."""
+        return -(-self.head_dim // _DIM_MULTIPLE) * _DIM_MULTIPLE if self.layout == "turned" else self.head_dim
+
+    @property
+    def scrap_blocks(self) -> int:
+        """Blocks that are nobody's: captured steps write there what their idle rows compute."""
+        return 1 if self.layout == "pages" else 0
+
+    @property
+    def block_bytes(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.padded_dim * self.block_tokens * self.dtype.itemsize
 
 
-class SlotCache:
-    """Keys and values of running sequences, `keys[layer]` and `values[layer]` of shape [S, KV heads, context, D]."""
+class KVCache(ABC):
+    """Keys and values of every layer, [L, blocks, ...] each; the subclasses say how a block is laid out."""
 
-    def __init__(self, shape: KVShape, slots: int, context_length: int) -> None:
+    def __init__(self, shape: KVShape, blocks: int) -> None:
         self.shape = shape
-        self.slots = slots
-        self.context_length = context_length
-        size = (slots, shape.kv_heads, context_length, shape.head_dim)
-        self.keys = [torch.zeros(size, dtype=shape.dtype, device=shape.device) for _ in range(shape.layers)]
-        self.values = [torch.zeros(size, dtype=shape.dtype, device=shape.device) for _ in range(shape.layers)]
+        self.blocks = blocks
+        key, value = self._block_sizes()
+        self.keys = _zeros((shape.layers, blocks, *key), shape)
+        self.values = _zeros((shape.layers, blocks, *value), shape)
+        # One view a layer, made once: indexing costs as much as a small product.
+        self.layer_keys = list(self.keys.unbind(0))
+        self.layer_values = list(self.values.unbind(0))
 
-    def place_prefix(self, slot: int, prefix: Prefix) -> None:
-        """Copy a soft prompt's KV to the first P positions of a slot."""
-        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            self.keys[layer][slot, :, : prefix.length] = keys
-            self.values[layer][slot, :, : prefix.length] = values
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to) each: all or, where there is no memory for it, none."""
+        if pairs:
+            sources, targets = (torch.tensor(side, device=self.shape.device) for side in zip(*pairs, strict=True))
+            keys, values = self.keys.index_select(1, sources), self.values.index_select(1, sources)
+            self.keys.index_copy_(1, targets, keys)
+            self.values.index_copy_(1, targets, values)
 
-    def clear(self, slot: int) -> None:
-        """Zero a slot: a mask hides old values from attention, but not NaN, because 0 times NaN is NaN."""
-        for layer in range(self.shape.layers):
-            self.keys[layer][slot].zero_()
-            self.values[layer][slot].zero_()
+    @abstractmethod
+    def write(self, layer: int, blocks: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store key and value [KV heads, N, D] at N places, by block and offset in it."""
 
+    @abstractmethod
+    def read(self, layer: int, tables: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Keys [B, KV heads, D, longest] and values [B, KV heads, longest, D] of the rows of `tables` [B, blocks]."""
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """A soft prompt's KV: a layer each of [KV heads, P, D]."""
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-    @property
-    def length(self) -> int:
-        return int(self.keys[0].shape[1])
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+    @abstractmethod
+    def _block_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The sizes of one block's keys and values in one layer."""
 
 
-@dataclass(slots=True)
-class PrefixStore:
-    """The tensors of known soft prompts, and the KV of those in use, within a budget.
+class TurnedCache(KVCache):
+    """For the CPU's kernels: keys [KV heads, D, 16], so that one load reads 16 positions of a dimension, and values
+    [KV heads, 16, D], D padded to a multiple of 16."""
 
-    Over the budget the least recently used goes, pinned ones after all others; it is computed again when it is used.
+    def write(self, layer: int, blocks: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
+        dim = self.shape.head_dim
+        self.layer_keys[layer][blocks, :, :dim, offsets] = key.transpose(0, 1)
+        self.layer_values[layer][blocks, :, offsets, :dim] = value.transpose(0, 1)
 
-    `compute` turns a `[P, H]` tensor into a Prefix.
-    """
+    def read(self, layer: int, tables: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        dim = self.shape.head_dim
+        keys = self.layer_keys[layer][tables]
+        values = self.layer_values[layer][tables]
+        keys = keys.permute(0, 2, 3, 1, 4).flatten(3)
+        values = values.permute(0, 2, 1, 3, 4).flatten(2, 3)
+        return keys[:, :, :dim, :longest], values[:, :, :longest, :dim]
 
-    compute: Callable[[Tensor], Prefix]
-    budget_bytes: int
-    size_bytes: int = 0
-    _embeddings: dict[str, Tensor] = field(default_factory=dict)
-    _prefixes: OrderedDict[str, Prefix] = field(default_factory=OrderedDict)
-    _pinned: set[str] = field(default_factory=set)
+    def _block_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        shape = self.shape
+        return (
+            (shape.kv_heads, shape.padded_dim, shape.block_tokens),
+            (shape.kv_heads, shape.block_tokens, shape.padded_dim),
+        )
 
-    def register(self, digest: str, embeddings: Tensor, *, pinned: bool) -> None:
-        """Know a soft prompt of shape [P, H]; a pinned one has its KV computed now."""
-        self._embeddings[digest] = embeddings
-        if pinned:
-            self._pinned.add(digest)
-            self.prefix(digest)
 
-    def release(self, digest: str) -> None:
-        """Forget a soft prompt; a sequence that runs has its own copy of the KV."""
-        self._pinned.discard(digest)
-        self._embeddings.pop(digest, None)
-        self._drop(digest)
+class PagedCache(KVCache):
+    """For `varlen_attn`: keys and values [page size, KV heads, D] alike."""
 
-    def knows(self, digest: str) -> bool:
-        return digest in self._embeddings
+    def write(self, layer: int, blocks: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
+        self.layer_keys[layer][blocks, offsets] = key.transpose(0, 1)
+        self.layer_values[layer][blocks, offsets] = value.transpose(0, 1)
 
-    def length(self, digest: str) -> int:
-        """Virtual tokens of a known soft prompt."""
-        return int(self._embeddings[digest].shape[0])
+    def read(self, layer: int, tables: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        keys = self.layer_keys[layer][tables].flatten(1, 2)
+        values = self.layer_values[layer][tables].flatten(1, 2)
+        return keys[:, :longest].permute(0, 2, 3, 1), values[:, :longest].transpose(1, 2)
 
-    def prefix(self, digest: str) -> Prefix:
-        """The KV of a known soft prompt, computed when it is not at hand."""
-        prefix = self._prefixes.get(digest)
-        if prefix is None:
-            prefix = self.compute(self._embeddings[digest])
-            self._prefixes[digest] = prefix
-            self.size_bytes += prefix.size_bytes
-            self._evict(keep=digest)
-        self._prefixes.move_to_end(digest)
-        return prefix
+    def _block_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        size = (self.shape.block_tokens, self.shape.kv_heads, self.shape.head_dim)
+        return size, size
 
-    def __len__(self) -> int:
-        return len(self._prefixes)
 
-    def _evict(self, keep: str) -> None:
-        others = [digest for digest in self._prefixes if digest != keep]
-        for digest in sorted(others, key=self._pinned.__contains__):  # stable: pinned ones go last
-            if self.size_bytes <= self.budget_bytes:
-                return
-            self._drop(digest)
-
-    def _drop(self, digest: str) -> None:
-        prefix = self._prefixes.pop(digest, None)
-        if prefix is not None:
-            self.size_bytes -= prefix.size_bytes
+def _zeros(size: tuple[int, ...], shape: KVShape) -> Tensor:
+    """Zeros. On a CPU they take memory when they are first written, in large pages where the system has them."""
+    if shape.device.type != "cpu":
+        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+    memory = mmap.mmap(-1, math.prod(size) * shape.dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=shape.dtype).view(size)

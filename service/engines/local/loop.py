@@ -86,7 +86,7 @@ def serve(connection: socket.socket, load: Callable[[], EngineCore]) -> None:
             log.exception("the engine could not be loaded")
             send(StartFailed(f"the engine could not be loaded: {type(error).__name__}: {error}", permanent=False))
             return
-        send(Ready(core.stats()))
+        send(Ready(core.stats(), core.run_as))
         inbox = _Inbox(connection)
         while True:
             for command in inbox.take(wait=not core.has_work):
@@ -114,11 +114,10 @@ def _apply(core: EngineCore, command: Command) -> Event | None:
             return core.step() if not core.has_work else None
         case Register():
             try:
-                core.register(command)
+                return core.register(command)
             except (ValueError, RuntimeError) as error:
                 core.release(command.digest)
                 return Registered(command.digest, str(error), core.stats())
-            return Registered(command.digest, None, core.stats())
         case Release():
             core.release(command.digest)
     return None

@@ -35,6 +35,7 @@ class Grammar(msgspec.Struct, frozen=True):
 
     kind: Literal["json_schema", "regex", "choice"]
     text: str
+    lenient: bool = False  # keywords of a schema that cannot be followed are left out
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -101,19 +102,22 @@ Command = Submit | Score | Cancel | Register | Release | Shutdown
 
 
 class Stats(msgspec.Struct, frozen=True):
-    waiting: int
-    running: int
-    kv_slots: int
-    kv_slots_used: int
-    prefixes: int
-    prefix_bytes: int
-    tokens_generated: int
+    waiting: int = 0
+    running: int = 0
+    max_running: int = 0
+    kv_bytes: int = 0
+    kv_budget_bytes: int = 0
+    prompts: int = 0
+    prompt_bytes: int = 0
+    tokens_generated: int = 0
+    preemptions: int = 0
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The base model is loaded and probed."""
+    """The base model is loaded and probed. `run_as` says how its weights are run."""
 
     stats: Stats
+    run_as: str = ""
 
 
 class StartFailed(msgspec.Struct, tag=True, frozen=True):
@@ -154,10 +158,21 @@ class Scored(msgspec.Struct, frozen=True):
     log_probabilities: list[float]
 
 
+FailureKind = Literal["failed", "deadline", "invalid"]
+
+
 class Failure(msgspec.Struct, frozen=True):
     id: str
     message: str
-    kind: Literal["failed", "deadline", "invalid"] = "failed"
+    kind: FailureKind = "failed"
+
+
+class Registered(msgspec.Struct, tag=True, frozen=True):
+    """A `Register` was carried out, or refused with `error`."""
+
+    digest: str
+    error: str | None
+    stats: Stats
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):
@@ -168,14 +183,7 @@ class Step(msgspec.Struct, tag=True, frozen=True):
     failures: list[Failure]
     stats: Stats
     prompts: list[PromptScored] = []
-
-
-class Registered(msgspec.Struct, tag=True, frozen=True):
-    """A `Register` was carried out, or refused with `error`."""
-
-    digest: str
-    error: str | None
-    stats: Stats
+    registered: list[Registered] = []
 
 
 Event = Ready | StartFailed | Step | Registered

@@ -10,8 +10,6 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engines.base import Sampling
-from service.engines.errors import InvalidRequest
 from service.engines.local.messages import Choosing
 
 
@@ -65,14 +63,3 @@ class Penalties:
             values = np.where(values > 0.0, values / self._repetition, values * self._repetition)
         values -= self._frequency * counts + self._presence * (counts > 0.0)
         logits[tokens] = values
-
-
-def check_token_ids(sampling: Sampling | Choosing, vocabulary_size: int) -> None:
-    """Raise InvalidRequest when a bias or a stop token lies outside the vocabulary."""
-    for name, tokens in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-        for token in tokens:
-            if not 0 <= token < vocabulary_size:
-                raise InvalidRequest(
-                    f"{name} names token id {token}, which is outside the vocabulary of {vocabulary_size}",
-                    parameter=name,
-                )

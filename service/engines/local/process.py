@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,6 +17,10 @@ from service.engines.base_model import BaseModel
 from service.engines.local.options import EngineOptions
 
 _STOP_TIMEOUT_S = 5.0
+# OpenMP's threads wait for each other by spinning. Where another process takes a core from one of them, all others spin
+# for nothing, so they soon go to sleep instead: measured on two cores beside a busy process, a third more tokens/s with
+# 1,000 turns than by default, and no fewer alone.
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 
 
 class Host(Protocol):
@@ -63,6 +68,7 @@ class ProcessHost:
                 ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                env={**_ENVIRONMENT, **os.environ},
                 start_new_session=True,  # a terminal's Ctrl-C is for the service, which drains the engine
             )
         return ours

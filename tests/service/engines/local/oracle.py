@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from service.engines.base_model import BaseModel
-from service.engines.local.model_runner import load_weights
+from service.engines.local.weights import load_weights
 
 # Two tokens whose logits differ by less than this may swap when rows are computed in another shape.
 TIE = 1e-4

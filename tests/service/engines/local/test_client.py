@@ -7,19 +7,17 @@ import os
 import signal
 import socket
 import sys
-import threading
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import cast
 
 import pytest
 
-from prompt_store.prompts.soft_prompt import SoftPrompt
 from service.engines.base import (
     Delta,
     Finish,
     GenerationRequest,
     RawText,
+    ResponseFormat,
     Sampling,
     ScoreRequest,
     SoftPromptReference,
@@ -43,44 +41,7 @@ from service.engines.local.options import EngineOptions
 from service.engines.local.process import ProcessHost
 from service.engines.local.thread import ThreadHost
 from tests.conftest import random_prompt
-
-LONG = Sampling(max_tokens=900, temperature=1.0, seed=1, top_k=0)
-
-
-@pytest.fixture(scope="module")
-def loaded(base: BaseModel) -> EngineCore:
-    return EngineCore.load(base, EngineOptions(max_sequences=4))
-
-
-@pytest.fixture
-async def engine(base: BaseModel, loaded: EngineCore) -> AsyncIterator[LocalEngine]:
-    engine = LocalEngine(base, ThreadHost(lambda: loaded), max_waiting=2)
-    await engine.start()
-    yield engine
-    await engine.close()
-
-
-def request(name: str, text: str = "The house stood", **options: object) -> GenerationRequest:
-    return GenerationRequest(name, RawText(text), **options)
-
-
-async def answer(engine: LocalEngine, asked: GenerationRequest) -> str:
-    pieces = [event.text async for event in engine.generate(asked) if isinstance(event, Delta)]
-    return "".join(pieces)
-
-
-async def first(engine: LocalEngine, asked: GenerationRequest) -> AsyncIterator[object]:
-    """A generation that has begun."""
-    events = engine.generate(asked)
-    await anext(events)
-    return events
-
-
-async def until(condition: object) -> None:
-    """Wait for a condition that the engine brings about."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 (what is awaited happens elsewhere)
-            await asyncio.sleep(0)
+from tests.service.engines.local.asking import LONG, Blocked, answer, first, request, until
 
 
 async def test_deltas_are_followed_by_one_finish_with_usage(engine: LocalEngine) -> None:
@@ -95,8 +56,8 @@ async def test_deltas_are_followed_by_one_finish_with_usage(engine: LocalEngine)
 
 async def test_leaving_a_stream_frees_its_slot(engine: LocalEngine) -> None:
     async with aclosing(await first(engine, request("a", sampling=LONG))):
-        assert engine.stats().kv_slots_used == 1
-    await until(lambda: engine.stats().kv_slots_used == 0)
+        assert engine.stats().running == 1
+    await until(lambda: engine.stats().running == 0)
 
 
 async def test_a_full_queue_refuses_with_a_time_to_come_back(engine: LocalEngine) -> None:
@@ -114,10 +75,13 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(engine: LocalEngine
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"n": 2}, UnsupportedFeature, "n is not served"),
-        ({"logprobs": 3}, UnsupportedFeature, "logprobs is not served"),
-        ({"deadline_s": 1.0}, UnsupportedFeature, "deadline_s is not served"),
-        ({"sampling": Sampling(presence_penalty=0.5)}, UnsupportedFeature, "penalty is not served"),
+        ({"tools": ({"type": "function"},)}, UnsupportedFeature, "tools is not served.*calls no tools"),
+        ({"remote_model": "ft:gpt:a"}, UnsupportedFeature, "model is not served"),
+        ({"n": 0}, InvalidRequest, "n is 0"),
+        ({"logprobs": 21}, InvalidRequest, "logprobs is 21"),
+        ({"deadline_s": 0.0}, InvalidRequest, "deadline_s is 0.0"),
+        ({"sampling": Sampling(logit_bias={4096: 1.0})}, InvalidRequest, "token id 4096, which is outside"),
+        ({"response_format": ResponseFormat("regex", regex="(")}, InvalidRequest, "unclosed group"),
         ({"sampling": Sampling(temperature=3.0)}, InvalidRequest, "temperature is 3.0; it must be between 0 and 2"),
         ({"sampling": Sampling(max_tokens=0)}, InvalidRequest, "max_tokens is 0"),
         ({"sampling": Sampling(stop=("",))}, InvalidRequest, "stop is"),
@@ -165,28 +129,14 @@ async def test_a_warmed_prompt_is_pinned_until_released_and_loaded_once(engine: 
         return prompt
 
     reference = SoftPromptReference(prompt.digest, 6, engine.base.fingerprint, load)
-    before = engine.stats().prefixes
+    before = engine.stats().prompts
     await engine.warm(reference)
-    assert engine.stats().prefixes == before + 1
+    assert engine.stats().prompts == before + 1
     warm = await answer(engine, request("a", soft_prompt=reference))
     assert len(loads) == 1
     await engine.release(prompt.digest)
     assert await answer(engine, request("b", soft_prompt=reference)) == warm
     assert len(loads) == 2
-
-
-class Blocked:
-    """A soft prompt whose tensor is read when `go` is set, from a thread."""
-
-    def __init__(self, seed: int, engine: LocalEngine) -> None:
-        self.go, self.asked = threading.Event(), threading.Event()
-        self.prompt = random_prompt(seed, 5)
-        self.reference = SoftPromptReference(self.prompt.digest, 5, engine.base.fingerprint, self._load)
-
-    def _load(self) -> SoftPrompt:
-        self.asked.set()
-        assert self.go.wait(20)
-        return self.prompt
 
 
 async def test_a_prompt_may_be_pinned_while_a_request_brings_it(engine: LocalEngine) -> None:
@@ -202,7 +152,7 @@ async def test_a_prompt_may_be_pinned_while_a_request_brings_it(engine: LocalEng
 
 
 async def test_a_prompt_released_on_its_way_is_let_go_when_it_arrives(engine: LocalEngine) -> None:
-    before = engine.stats().prefixes
+    before = engine.stats().prompts
     blocked = Blocked(22, engine)
     pinning = asyncio.ensure_future(engine.warm(blocked.reference))
     await until(blocked.asked.is_set)
@@ -211,7 +161,7 @@ async def test_a_prompt_released_on_its_way_is_let_go_when_it_arrives(engine: Lo
     async with asyncio.timeout(20):
         await pinning
     assert await answer(engine, request("after"))  # the engine has read the release by now
-    assert engine.stats().prefixes == before
+    assert engine.stats().prompts == before
 
 
 async def test_who_asked_first_may_leave_while_others_wait_for_the_same_prompt(engine: LocalEngine) -> None:
@@ -372,7 +322,7 @@ async def test_a_killed_engine_fails_what_was_in_flight_once_and_is_replaced(bas
         assert not engine.stats().ready
         assert await answer(engine, request("after", soft_prompt=prompt)) == expected
         assert engine.stats().restarts == 1
-        assert engine.stats().prefixes == 1
+        assert engine.stats().prompts == 1
         assert host.process_id not in (None, first_process)
         scores = await engine.score(ScoreRequest("s", RawText("hello"), ("greeting", "refund"), prompt))
         assert len(scores.log_probabilities) == 2
@@ -394,4 +344,4 @@ async def test_the_process_that_supervises_the_engine_imports_no_torch() -> None
 def test_build_gives_an_engine_in_a_process_of_its_own(base: BaseModel) -> None:
     engine = build_local(base, EngineOptions(), max_waiting=1)
     assert not engine.stats().ready
-    assert engine.capabilities().payload_kinds == {"soft_prompt", "text"}
+    assert engine.capabilities().payload_kinds == {"soft_prompt", "prefix", "text"}

@@ -7,10 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from service.engines.base import Sampling
-from service.engines.errors import InvalidRequest
 from service.engines.local.messages import Choosing
-from service.engines.local.penalties import Penalties, check_token_ids
+from service.engines.local.penalties import Penalties
 
 LOGITS = [2.0, -2.0, 1.0, 0.0, -1.0, 3.0]
 
@@ -86,12 +84,3 @@ def test_penalties_are_those_of_the_formula(
             value = value / repetition if value > 0 else value * repetition
         value -= frequency * answer.count(token) + presence * (token in answer)
         assert logits[token] == pytest.approx(value, abs=1e-4)
-
-
-@pytest.mark.parametrize("token", [-1, 100])
-def test_tokens_outside_the_vocabulary_are_refused(token: int) -> None:
-    check_token_ids(Sampling(logit_bias={0: 1.0, 99: 1.0}, stop_token_ids=(0, 99)), 100)
-    with pytest.raises(InvalidRequest, match=f"logit_bias names token id {token}, .* vocabulary of 100"):
-        check_token_ids(Sampling(logit_bias={token: 1.0}), 100)
-    with pytest.raises(InvalidRequest, match=f"stop_token_ids names token id {token}"):
-        check_token_ids(Sampling(stop_token_ids=(token,)), 100)
