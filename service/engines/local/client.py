@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -26,12 +24,9 @@ from service.engines.base import (
     GenerationEvent,
     GenerationRequest,
     Prompt,
-    Prompted,
-    ResponseFormat,
     ScoreRequest,
     Scores,
     SoftPromptReference,
-    TokenLogprob,
     Usage,
     check_supported,
     text_size,
@@ -52,11 +47,8 @@ from service.engines.local.known_prompts import KnownPrompts
 from service.engines.local.messages import (
     LENGTH_BYTES,
     Cancel,
-    Choosing,
     Command,
     Event,
-    Grammar,
-    Logprob,
     Output,
     PromptScored,
     Ready,
@@ -72,7 +64,7 @@ from service.engines.local.messages import (
     frame,
 )
 from service.engines.local.process import Host
-from service.engines.local.token_text import token_text
+from service.engines.local.translation import Translation
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +99,7 @@ class LocalEngine:
     def __init__(self, base: BaseModel, host: Host, *, max_waiting: int = 256, ready_timeout_s: float = 30.0) -> None:
         self.base = base
         self._host = host
+        self._translation = Translation(base)
         self._max_waiting = max_waiting
         self._ready_timeout_s = ready_timeout_s
         self._ready = asyncio.Event()
@@ -156,11 +149,11 @@ class LocalEngine:
         check_supported(request, self.capabilities())
         asked_s = time.monotonic()
         token_ids = await self._lay_out(request.prompt, request.soft_prompt)
-        command = self._submit(request, token_ids)
+        command = self._translation.submit(request, token_ids)
         if command.grammar is not None:  # a hostile one takes a third of a second to be refused
             await asyncio.to_thread(check_grammar, command.grammar)
         news = await self._admit(request.id, request.soft_prompt, _time_left(request.deadline_s, asked_s))
-        prompted = Prompted(tuple(token_ids), self.base.text_of(token_ids)) if _wants_prompt(request) else None
+        prompted = self._translation.prompted(request, token_ids)
         completion_tokens = 0
         reasons: dict[int, FinishReason] = {}
         virtual_tokens = request.soft_prompt.length if request.soft_prompt else 0
@@ -172,9 +165,7 @@ class LocalEngine:
                     raise output
                 if isinstance(output, PromptScored):
                     assert prompted is not None
-                    scored = tuple(self._logprob(entry) if entry is not None else None for entry in output.logprobs)
-                    pieces = tuple(map(self._token_text, token_ids))
-                    prompted = dataclasses.replace(prompted, logprobs=scored, pieces=pieces)
+                    prompted = self._translation.scored(prompted, output)
                     continue
                 assert isinstance(output, Output)
                 if prompted is not None:
@@ -182,7 +173,7 @@ class LocalEngine:
                     prompted = None
                 completion_tokens += len(output.token_ids)
                 reason = cast(FinishReason | None, output.finish_reason)
-                logprobs = tuple(map(self._logprob, output.logprobs))
+                logprobs = tuple(map(self._translation.logprob, output.logprobs))
                 yield Delta(output.text, tuple(output.token_ids), output.index, logprobs, reason)
                 if reason is not None:
                     reasons[output.index] = reason
@@ -234,34 +225,6 @@ class LocalEngine:
             features=_FEATURES,
             context_length=self.base.context_length,
             run_as=self._run_as,
-        )
-
-    def _logprob(self, entry: Logprob) -> TokenLogprob:
-        """A token's log-probability with what the token says."""
-        top = tuple(TokenLogprob(token, logprob, (), *self._token_text(token)) for token, logprob in entry.top)
-        return TokenLogprob(entry.token_id, entry.logprob, top, *self._token_text(entry.token_id))
-
-    def _token_text(self, token_id: int) -> tuple[str, bytes]:
-        return token_text(self.base.tokenizer, token_id)
-
-    def _submit(self, request: GenerationRequest, token_ids: list[int]) -> Submit:
-        """The request as the engine takes it. Raises InvalidRequest for values that cannot be served."""
-        request.check()
-        sampling = request.sampling
-        self.base.check_tokens(sampling)
-        return Submit(
-            id=request.id,
-            token_ids=token_ids,
-            soft_prompt=request.soft_prompt.digest if request.soft_prompt else None,
-            max_tokens=sampling.max_tokens,
-            choosing=Choosing(**{name: getattr(sampling, name) for name in Choosing.__struct_fields__}),
-            stop=list(sampling.stop),
-            n=request.n,
-            logprobs=request.logprobs,
-            prompt_logprobs=request.prompt_logprobs,
-            grammar=_grammar(request.response_format),
-            stream=request.stream,
-            task=request.task,
         )
 
     async def _lay_out(self, prompt: Prompt, soft_prompt: SoftPromptReference | None) -> list[int]:
@@ -442,26 +405,6 @@ class LocalEngine:
         self._stats = _NO_STATS
         self._prompts.engine_lost()
         self._fail(self._sent, "the engine was lost while it worked on this; send the request again")
-
-
-def _wants_prompt(request: GenerationRequest) -> bool:
-    return request.echo or request.prompt_logprobs is not None
-
-
-def _grammar(form: ResponseFormat) -> Grammar | None:
-    """The grammar that an answer must follow."""
-    match form.kind:
-        case "text":
-            return None
-        case "json_object":
-            return Grammar("json_schema", '{"type": "object"}')
-        case "json_schema":
-            schema = form.json_schema if form.json_schema is not None else {}
-            return Grammar("json_schema", json.dumps(schema), form.lenient)
-        case "regex":
-            return Grammar("regex", form.regex or "")
-        case "choice":
-            return Grammar("choice", json.dumps(form.choices))
 
 
 def _time_left(deadline_s: float | None, asked_s: float) -> float | None:
