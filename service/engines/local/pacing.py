@@ -19,7 +19,7 @@ class Pacer:
     """
 
     most: int
-    stretch: float = 2.0
+    stretch: float = 1.5
     _decode_s: float = 0.0
     _token_s: float = 0.0
 

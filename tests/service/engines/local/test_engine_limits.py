@@ -89,7 +89,7 @@ class Costs:
         self._clock.now_s += (0.100 if decoding else 0.0) + 0.001 * self.prefilled[-1]
 
 
-def test_a_long_prompt_beside_streams_goes_in_pieces_that_double_a_step_at_most(
+def test_a_long_prompt_beside_streams_goes_in_pieces_that_make_a_step_half_as_long_again(
     make_core: Callable[..., EngineCore], oracle: Oracle, ids: list[int]
 ) -> None:
     clock, collected = Clock(), Collected()
@@ -104,8 +104,8 @@ def test_a_long_prompt_beside_streams_goes_in_pieces_that_double_a_step_at_most(
     long = (ids * 9)[:450]
     submit(core, "long", long, max_tokens=4)
     finish(core, collected)
-    assert costs.prefilled[:6] == pytest.approx([100, 100, 100, 100, 50, 0], abs=2)  # a mean of measures
-    assert costs.streams[:5] == [2] * 5
+    assert costs.prefilled[:10] == pytest.approx([50] * 9 + [0], abs=1)  # a mean of measures
+    assert costs.streams[:9] == [2] * 9
     oracle.assert_equal(collected.tokens["long"], long, None)
 
 

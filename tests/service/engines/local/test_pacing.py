@@ -9,7 +9,7 @@ from service.engines.local.pacing import Pacer
 
 def learned(decode_s: float, token_s: float, *, most: int = 512, decoding: int = 8) -> Pacer:
     """A pacer that has seen one step of each kind."""
-    pacer = Pacer(most)
+    pacer = Pacer(most, stretch=2.0)
     pacer.learn(decoding, 0, decode_s)
     pacer.learn(0, 100, 100 * token_s)
     return pacer
@@ -31,7 +31,7 @@ def test_however_dear_prefill_is_some_of_it_goes_on() -> None:
 
 
 def test_a_mixed_step_teaches_what_its_prefill_cost_beyond_decoding() -> None:
-    pacer = Pacer(512)
+    pacer = Pacer(512, stretch=2.0)
     pacer.learn(8, 0, 0.100)
     pacer.learn(8, 50, 0.150)
     assert pacer.prefill_tokens(8) == pytest.approx(100, abs=1)
@@ -56,7 +56,7 @@ def test_one_slow_step_is_forgotten() -> None:
 def test_what_is_allowed_is_at_least_one_token_and_at_most_the_budget(
     most: int, steps: list[tuple[int, int, float]], decoding: int
 ) -> None:
-    pacer = Pacer(most)
+    pacer = Pacer(most, stretch=2.0)
     for streams, prefilled, seconds in steps:
         pacer.learn(streams, prefilled, seconds)
     assert 1 <= pacer.prefill_tokens(decoding) <= most
