@@ -1,7 +1,8 @@
 """Every table, as SQLAlchemy Core metadata. `migrations/` builds the same schema step by step; a test compares them.
 
-Documents (tasks, payloads, routes, reports) are canonical JSON in text columns: they are read whole, and their spelling
-is what digests were taken over. Principals are names, without a table: whoever wrote a row is written in it.
+Documents (tasks, payloads, routes, reports) are JSON in text columns: they are read whole. All but tasks, which keep
+their author's order of keys, are spelled canonically, as digests are taken over them. Principals are names, without a
+table: whoever wrote a row is written in it.
 """
 
 from datetime import UTC, datetime

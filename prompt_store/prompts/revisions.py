@@ -1,5 +1,6 @@
 """Tasks as the store keeps them: immutable revisions, and which one is current."""
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -7,7 +8,6 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, Row, func, insert, select, update
 
 from prompt_store.access import Principal
-from prompt_store.canonical import canonical_json
 from prompt_store.changes import record
 from prompt_store.errors import SchemaMismatch, UnknownTask, UnknownVersion
 from prompt_store.prompts.task import Task
@@ -51,7 +51,8 @@ def apply_task(connection: Connection, task: Task, principal: Principal, at: dat
                 digest=task.digest,
                 task=task.name,
                 number=int(connection.execute(highest).scalar_one()) + 1,
-                document=canonical_json(task.document()).decode(),
+                # In the author's order, unlike the digest: answers have a JSON schema's properties in that order.
+                document=json.dumps(task.document(), ensure_ascii=False, separators=(",", ":")),
                 created_at=at,
                 principal=principal.name,
             )

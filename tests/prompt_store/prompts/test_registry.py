@@ -15,6 +15,7 @@ from prompt_store.errors import (
     UnknownVersion,
 )
 from prompt_store.prompts.registry import Registry
+from prompt_store.prompts.task import parse_task
 from prompt_store.routes import DirectRoute
 from tests.prompt_store.building import ANNA, BASE, BORIS, OTHER_BASE, publish, task
 
@@ -44,6 +45,21 @@ def test_a_base_is_found_by_name_fingerprint_or_prefix(registry: Registry) -> No
     for ambiguous in ("other-base", "b2b2b2b2b2"):
         with pytest.raises(InvalidName, match="fits 2 bases"):
             registry.find_base(ambiguous)
+
+
+def test_a_task_keeps_the_order_of_its_schemas_properties(empty_registry: Registry) -> None:
+    properties = {"z": {"type": "string"}, "b": {"type": "string"}, "a": {"type": "string"}}
+    document = {
+        "name": "ordered",
+        "kind": "extract",
+        "inputs": ["text"],
+        "messages": [{"role": "user", "content": "{text}"}],
+        "json_schema": {"type": "object", "properties": properties},
+    }
+    stored = empty_registry.apply_task(parse_task(document), ANNA)
+    assert stored.task.json_schema is not None
+    assert list(stored.task.json_schema["properties"]) == ["z", "b", "a"]
+    assert stored.digest == parse_task(document).digest
 
 
 def test_applying_an_equal_task_adds_no_revision(registry: Registry) -> None:
