@@ -173,8 +173,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch, tensors: Mapping[str, Tensor]) -> Logits:
-        """Compute the chunks, KV into their blocks. `tensors` holds the soft prompts [P, H] that are computed."""
-        self.cache.copy(batch.copies)
+        """Compute the chunks, KV into their blocks. `tensors` holds the soft prompts [P, H] that are computed.
+
+        A batch's copies are made before, once, by `Passes`.
+        """
         spans = [(0, 0)] * len(batch.chunks)
         fed: list[int] = []
         for index, chunk in enumerate(batch.chunks):
