@@ -70,12 +70,15 @@ class ChangeWatcher:
     """Tells whether the store changed since the last look.
 
     Make the watcher first and take the snapshot after it: then no change falls between the two. One watcher belongs to
-    one thread at a time; several may share a Database.
+    one thread at a time; several may share a Database. `poll_s` is how often a database is asked that cannot tell by
+    itself.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, poll_s: float = 0.1) -> None:
         self._database = database
-        self._data_version = database.data_version()
+        self._watch = database.watch(poll_s)
+        with database.checked():
+            self._watch.news()
         self.sequence = self._read_sequence()
 
     def poll(self) -> bool:
@@ -83,15 +86,27 @@ class ChangeWatcher:
 
         `sequence` is then the newest change.
         """
-        data_version = self._database.data_version()
-        if data_version == self._data_version:
-            return False
-        sequence = self._read_sequence()
-        # Remembered only now: when the read above fails, the next poll looks again.
-        self._data_version = data_version
+        with self._database.checked():
+            if not self._watch.news():
+                return False
+        try:
+            sequence = self._read_sequence()
+        except BaseException:
+            self._watch.missed()
+            raise
         changed = sequence != self.sequence
         self.sequence = sequence
         return changed
+
+    def wait(self, timeout_s: float) -> bool:
+        """As `poll`, but waits for a change for up to `timeout_s`, or for as long as the database cares to wait."""
+        with self._database.checked():
+            self._watch.wait(timeout_s)
+        return self.poll()
+
+    def close(self) -> None:
+        """Gives its connection back; a `wait` in another thread returns soon."""
+        self._watch.close()
 
     def _read_sequence(self) -> int:
         with self._database.read() as connection:

@@ -1,79 +1,170 @@
-"""Bringing a database file's schema up to date, safely.
+"""Bringing a database's schema up to date, safely.
 
-One process at a time (a lock file beside the database), in one explicit transaction (Alembic would run DDL outside of
-any on SQLite), after a copy of a database that already holds something. Interrupted at any point, the old schema stays.
+One process at a time, in one explicit transaction (Alembic would run DDL outside of any on SQLite), after a copy of a
+database that already holds something. Interrupted at any point, the old schema stays. Migrations expand first and
+contract a release later: one that only adds names its `oldest_reader`, and code of that schema goes on beside it.
 """
 
-import sqlite3
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from filelock import FileLock
-from sqlalchemy import Connection, Engine, inspect, select
+from sqlalchemy import Connection, MetaData, delete, event, insert, inspect, select
 
-from prompt_store.errors import SchemaMismatch, StoreError
+from prompt_store.errors import SchemaMismatch, StoreError, StoreUnavailable
+from prompt_store.postgresql import PostgresqlStorage
+from prompt_store.sqlite import SqliteStorage
 from prompt_store.tables import meta, metadata
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
-# A later migration that only adds may write the oldest revision whose code still works beside it under this key; then
-# that older code goes on during a rolling upgrade. Without the key, a newer schema is refused.
+# The oldest schema whose code still works with this one. Without it, code that does not know the schema refuses it.
 OLDEST_READER_KEY = "schema_oldest_reader"
 
-# The execution option of a connection whose next transaction is BEGIN IMMEDIATE.
-WRITE_OPTION = "softcue_write"
+_ROWS_AT_ONCE = 200
+
+Storage = SqliteStorage | PostgresqlStorage
 
 
-def bring_up_to_date(engine: Engine, path: Path, migrations: Path = MIGRATIONS) -> None:
-    """Creates or migrates the schema where needed. Raises SchemaMismatch, or StoreError for a foreign database."""
+def bring_up_to_date(storage: Storage, *, create: bool = True, migrations: Path = MIGRATIONS) -> None:
+    """Creates or migrates the schema where needed.
+
+    Raises SchemaMismatch, StoreError for a foreign database, StoreUnavailable for an empty one without `create`.
+    """
     scripts = ScriptDirectory(str(migrations))
-    with engine.connect() as connection, connection.begin():
-        if _is_current(connection, scripts, path) and _journal_mode(connection) == "wal":
+    with storage.engine.connect() as connection, connection.begin():
+        if _is_current(connection, scripts, storage) and storage.is_configured(connection):
             return
-    with FileLock(path.with_name(path.name + ".lock")), engine.connect() as connection:
-        # This connection is closed for good afterwards, it does not go back to the pool: its settings differ.
-        connection.detach()
-        # WAL is kept in the file from now on. Both settings must come before the transaction. Foreign keys are off
-        # because SQLite alters a table by copying and dropping it; they are checked before the commit instead.
-        _set(connection, "PRAGMA journal_mode=WAL")
-        _set(connection, "PRAGMA foreign_keys=OFF")
+        if not create and schema_revision(connection) is None:
+            raise StoreUnavailable(
+                f"there is no store at {storage.place}; start `softcue serve` to create it, or name another with --store"
+            )
+    with storage.migrating() as connection:
         with connection.begin():
             # Another process may have migrated while this one waited.
-            if _is_current(connection, scripts, path):
+            if _is_current(connection, scripts, storage):
                 return
-            found = _revision(connection)
+            found = schema_revision(connection)
         if found is not None:
-            back_up(path, found)
-        connection = connection.execution_options(**{WRITE_OPTION: True})
+            back_up(storage, found, migrations)
         with connection.begin():
-            _upgrade(connection, migrations)
+            _upgrade(connection, migrations, "head")
+            _write_oldest_reader(connection, scripts)
+            broken = storage.dangling_rows(connection)
+            if broken:
+                raise StoreError(
+                    f"the migration would leave {len(broken)} dangling rows, first in {broken[0]!r}; report this"
+                )
 
 
-def back_up(path: Path, revision: str) -> Path:
-    """A consistent copy of the database beside it, named after the schema it holds and the time; returns its path."""
+def back_up(storage: Storage, revision: str, migrations: Path = MIGRATIONS) -> Path:
+    """A copy of a store of that schema among its backups, named after the schema and the time; returns its path."""
+    name = storage.path.name if isinstance(storage, SqliteStorage) else f"{storage.engine.url.database}.db"
     moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    copy = path.with_name(f"{path.name}.schema-{revision}-{moment}.backup")
-    unfinished = copy.with_name(copy.name + ".unfinished")
-    unfinished.unlink(missing_ok=True)
-    with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(unfinished)) as target:
-        source.backup(target)
-    unfinished.rename(copy)
+    copy = storage.backups / f"{name}.schema-{revision}-{moment}.backup"
+    try:
+        storage.backups.mkdir(parents=True, exist_ok=True)
+        copy_store(storage, copy, revision, migrations)
+    except OSError as error:
+        raise StoreUnavailable(
+            f"the store {storage.place} must be copied before its schema changes, and {storage.backups} cannot be "
+            f"written ({error.strerror}); name another folder by SOFTCUE_STORE_BACKUPS"
+        ) from error
     return copy
 
 
-def _is_current(connection: Connection, scripts: ScriptDirectory, path: Path) -> bool:
-    found = _revision(connection)
+def copy_store(storage: Storage, target: Path, revision: str, migrations: Path = MIGRATIONS) -> None:
+    """The whole store, as of one moment, as a SQLite file at `target`, which appears only when it is complete.
+
+    The copy of a PostgreSQL database has the tables of the same schema, `revision`, and can be opened as a store.
+    """
+    unfinished = target.with_name(target.name + ".unfinished")
+    unfinished.unlink(missing_ok=True)
+    if isinstance(storage, SqliteStorage):
+        storage.copy_to(unfinished)
+    else:
+        _write_copy(storage, SqliteStorage(unfinished), revision, migrations)
+    unfinished.rename(target)
+
+
+def _write_copy(storage: Storage, copy: SqliteStorage, revision: str, migrations: Path) -> None:
+    try:
+        with copy.migrating() as connection:
+            with connection.begin():
+                _upgrade(connection, migrations, revision)
+            with storage.engine.connect() as source, connection.begin():
+                source = storage.reading(source)
+                with source.begin():
+                    copy_rows(source, connection)
+            # One file, without a log beside it.
+            connection.connection.cursor().execute("PRAGMA journal_mode=DELETE")
+    finally:
+        copy.engine.dispose()
+        copy.lock_file.unlink(missing_ok=True)
+
+
+def copy_rows(source: Connection, target: Connection) -> dict[str, int]:
+    """Puts every row of the source in place of the target's; returns how many each table has now.
+
+    Both must have the same schema. Times stay the same moments, whether a database keeps time zones or not.
+    """
+    tables = [table for table in _reflect(target).sorted_tables if table.name != "alembic_version"]
+    for table in reversed(tables):
+        target.execute(delete(table))
+    source = source.execution_options(yield_per=_ROWS_AT_ONCE)
+    counts = dict.fromkeys((table.name for table in tables), 0)
+    for table in tables:
+        for batch in source.execute(select(table)).partitions():
+            rows = [{name: _moved(value, target) for name, value in row._mapping.items()} for row in batch]
+            target.execute(insert(table), rows)
+            counts[table.name] += len(rows)
+    return counts
+
+
+def _reflect(connection: Connection) -> MetaData:
+    found = MetaData()
+
+    @event.listens_for(found, "column_reflect")
+    def _generic(_inspector: Any, _table: Any, column: Any) -> None:
+        # The types of one database are not those of another.
+        column["type"] = column["type"].as_generic()
+
+    found.reflect(connection)
+    return found
+
+
+def _moved(value: Any, target: Connection) -> Any:
+    if not isinstance(value, datetime):
+        return value
+    aware = value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    return aware.replace(tzinfo=None) if target.dialect.name == "sqlite" else aware
+
+
+def schema_revision(connection: Connection) -> str | None:
+    """The schema that a database has; None where it has none of ours."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def newest_revision(migrations: Path = MIGRATIONS) -> str:
+    """The schema that this code writes."""
+    return str(ScriptDirectory(str(migrations)).get_current_head())
+
+
+def _is_current(connection: Connection, scripts: ScriptDirectory, storage: Storage) -> bool:
+    found = schema_revision(connection)
     head = scripts.get_current_head()
     if found is None:
         foreign = inspect(connection).get_table_names()
         if foreign:
             raise StoreError(
-                f"{path} is a database of something else (it has a table {foreign[0]!r}); name another with --store"
+                f"{storage.place} is a database of something else (it has a table {foreign[0]!r}); "
+                "name another with --store"
             )
         return False
     known = {script.revision for script in scripts.walk_revisions()}
@@ -83,33 +174,22 @@ def _is_current(connection: Connection, scripts: ScriptDirectory, path: Path) ->
     if oldest_reader is not None and bytes(oldest_reader).decode() in known:
         return True
     raise SchemaMismatch(
-        f"the store {path} has schema {found} but this Softcue knows schemas up to {head}; upgrade Softcue, or open a "
-        "backup that was made before the migration"
+        f"the store {storage.place} has schema {found} but this Softcue knows schemas up to {head}; upgrade Softcue, or "
+        "open a backup that was made before the migration"
     )
 
 
-def _revision(connection: Connection) -> str | None:
-    if not inspect(connection).has_table("alembic_version"):
-        return None
-    return MigrationContext.configure(connection).get_current_revision()
-
-
-def _journal_mode(connection: Connection) -> str:
-    return str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
-
-
-def _set(connection: Connection, pragma: str) -> None:
-    # Through the driver: SQLAlchemy would open a transaction first.
-    connection.connection.cursor().execute(pragma)
-
-
-def _upgrade(connection: Connection, migrations: Path) -> None:
+def _upgrade(connection: Connection, migrations: Path, revision: str) -> None:
     config = Config(attributes={"connection": connection, "target_metadata": metadata})
     config.set_main_option("path_separator", "os")
     config.set_main_option("script_location", str(migrations).replace("%", "%%"))
-    command.upgrade(config, "head")
-    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
-    if broken:
-        raise StoreError(
-            f"the migration would leave {len(broken)} dangling rows, first in {broken[0][0]!r}; report this"
-        )
+    command.upgrade(config, revision)
+
+
+def _write_oldest_reader(connection: Connection, scripts: ScriptDirectory) -> None:
+    head = scripts.get_revision("head")
+    assert head is not None, "there is a migration"
+    connection.execute(delete(meta).where(meta.c.key == OLDEST_READER_KEY))
+    oldest = getattr(head.module, "oldest_reader", None)
+    if oldest is not None:
+        connection.execute(insert(meta).values(key=OLDEST_READER_KEY, value=str(oldest).encode()))

@@ -128,6 +128,8 @@ bases = Table(
     Column("context_length", Integer, nullable=False),
     Column("vocabulary_size", Integer, nullable=False),
     Column("architecture", Text, nullable=False),
+    Column("kv_heads", Integer, nullable=True),
+    Column("head_size", Integer, nullable=True),
     _moment(),
     _principal(),
 )
@@ -180,6 +182,8 @@ versions = Table(
     Column("report", Text, nullable=True),
     Column("notes", Text, nullable=False),
     Column("tags", Text, nullable=False),
+    Column("recipe", Text, nullable=True),
+    Column("author", Text, nullable=True),
     _moment(),
     _principal(),
     UniqueConstraint("task", "number"),
@@ -207,7 +211,8 @@ aliases = Table(
     Index(None, "version"),
 )
 
-# History names versions without foreign keys: it must outlive them. `target` is null when an alias is removed.
+# History names versions without foreign keys: it must outlive them. `target` is null when an alias is removed; `undoes`
+# is the move that a rollback took back.
 alias_moves = Table(
     "alias_moves",
     metadata,
@@ -217,6 +222,7 @@ alias_moves = Table(
     _digest("previous", nullable=True),
     _digest("target", nullable=True),
     Column("reason", Text, nullable=False),
+    Column("undoes", BigInteger, nullable=True),
     _moment("at"),
     _principal(),
     Index(None, "task", "alias"),
@@ -230,6 +236,18 @@ route_revisions = Table(
     Column("document", Text, nullable=False),
     _moment(),
     _principal(),
+)
+
+# What a request with an idempotency key was answered, so that the same request again gets the same answer.
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("principal", Text, primary_key=True),
+    Column("key", String(255), primary_key=True),
+    _digest("request"),
+    Column("answer", Text, nullable=False),
+    _moment(),
+    Index(None, "created_at"),
 )
 
 # The ledger: shipped in batches from each replica's journal and deduplicated by id, so without foreign keys --

@@ -7,13 +7,17 @@ import os
 # Before torch is imported, here and in child processes: OpenMP threads spin where tests and their servers share cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import make_url
 
+from prompt_store.database import Database
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from service.engines.base_model import BaseModel, open_base_model
+from tests.postgresql import Server, running_server
 
 ROOT = Path(__file__).parent.parent
 BASE_FOLDER = ROOT / "examples" / "base"
@@ -45,3 +49,31 @@ def random_prompt(seed: int, length: int, hidden_size: int = 192, scale: float =
     """A soft prompt [length, hidden_size] of normal numbers, large enough to change what the demo base says."""
     values = np.random.default_rng(seed).normal(0.0, scale, (length, hidden_size)).astype(np.float32)
     return SoftPrompt("F32", values.shape, values.tobytes())
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Server]:
+    """A PostgreSQL server for the whole run."""
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgresql_template(postgresql: Server) -> Iterator[str]:
+    """The name of a database that holds an empty store, from which others are copied in a moment."""
+    url = postgresql.create()
+    Database.open(url).close()
+    yield str(make_url(url).database)
+    postgresql.drop(url)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where an empty store lies: a file, and in another run of the same test a PostgreSQL database."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "store" / "softcue.db")
+        return
+    server: Server = request.getfixturevalue("postgresql")
+    url = server.create(template=request.getfixturevalue("postgresql_template"))
+    yield url
+    server.drop(url)

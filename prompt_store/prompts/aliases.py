@@ -39,7 +39,10 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class AliasMove:
-    """One move: from `previous` to `target`, both digests; previous is None for the first, target for a removal."""
+    """One move: from `previous` to `target`, both digests; previous is None for the first, target for a removal.
+
+    `undoes` is the sequence of the move that a rollback took back.
+    """
 
     sequence: int
     task: str
@@ -47,6 +50,7 @@ class AliasMove:
     previous: str | None
     target: str | None
     reason: str
+    undoes: int | None
     at: datetime
     principal: str
 

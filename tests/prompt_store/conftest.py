@@ -1,5 +1,4 @@
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -9,8 +8,9 @@ from tests.prompt_store.building import ANNA, BASE, task
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    with Database.open(tmp_path / "store" / "softcue.db") as opened:
+def database(location: str) -> Iterator[Database]:
+    """Each test that takes it runs twice: on SQLite and on PostgreSQL."""
+    with Database.open(location) as opened:
         yield opened
 
 
