@@ -1,4 +1,4 @@
-"""A soft prompt as files: `prompt.safetensors`, what its metadata says, and `report.json` beside it.
+"""A soft prompt or prefix as files: `prompt.safetensors`, what its metadata says, and `report.json` beside it.
 
 The codec is `soft_prompt`'s; here its metadata gets a meaning, and every complaint names the file.
 """
@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from prompt_store.errors import InvalidArtifact
+from prompt_store.files import read_bounded, write_whole
+from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.soft_prompt import (
     MAX_FILE_BYTES,
     MAX_HEADER_BYTES,
@@ -29,9 +31,9 @@ MAX_REPORT_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Artifact:
-    """A soft prompt and what its file says about it; None or empty where it says nothing."""
+    """A soft prompt or prefix and what its file says about it; None or empty where it says nothing."""
 
-    prompt: SoftPrompt
+    prompt: SoftPrompt | Prefix
     task: str | None = None
     base_fingerprint: str | None = None
     provenance: Provenance = field(default_factory=Provenance)
@@ -40,6 +42,16 @@ class Artifact:
 
 def write_artifact(path: Path, artifact: Artifact) -> None:
     """Writes the file whole or not at all. Raises InvalidArtifact; equal artifacts give equal bytes."""
+    write_whole(path, encode_artifact(artifact))
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Raises InvalidArtifact naming the file and what is wrong with it."""
+    return decode_artifact(read_bounded(path, MAX_FILE_BYTES + MAX_HEADER_BYTES), str(path))
+
+
+def encode_artifact(artifact: Artifact) -> bytes:
+    """The bytes of an artifact's file. Raises InvalidArtifact; equal artifacts give equal bytes."""
     metadata = {METADATA_PROVENANCE: artifact.provenance.model_dump_json(exclude_defaults=True)}
     if artifact.task is not None:
         metadata[METADATA_TASK] = artifact.task
@@ -47,24 +59,20 @@ def write_artifact(path: Path, artifact: Artifact) -> None:
         metadata[METADATA_BASE_FINGERPRINT] = artifact.base_fingerprint
     if artifact.notes:
         metadata[METADATA_NOTES] = artifact.notes
-    data = encode(artifact.prompt, metadata)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
+    return encode(artifact.prompt, metadata)
 
 
-def read_artifact(path: Path) -> Artifact:
-    """Raises InvalidArtifact naming the file and what is wrong with it."""
-    data = _read(path, MAX_FILE_BYTES + MAX_HEADER_BYTES)
+def decode_artifact(data: bytes, source: str) -> Artifact:
+    """What the bytes of an artifact's file say. Raises InvalidArtifact naming `source` and what is wrong with it."""
     try:
         prompt, metadata = decode(data)
     except InvalidArtifact as error:
-        raise InvalidArtifact(f"{path}: {error}") from error
+        raise InvalidArtifact(f"{source}: {error}") from error
     try:
         provenance = Provenance.model_validate_json(metadata.get(METADATA_PROVENANCE, "{}"))
     except ValidationError as error:
         raise InvalidArtifact(
-            f"{path}: its metadata {METADATA_PROVENANCE!r} cannot be read; remove it, or write it with this release"
+            f"{source}: its metadata {METADATA_PROVENANCE!r} cannot be read; remove it, or write it with this release"
         ) from error
     return Artifact(
         prompt,
@@ -78,20 +86,9 @@ def read_artifact(path: Path) -> Artifact:
 def read_report(path: Path) -> dict[str, Any]:
     """An evaluation report. Raises InvalidArtifact unless it is a JSON object."""
     try:
-        report = json.loads(_read(path, MAX_REPORT_BYTES))
+        report = json.loads(read_bounded(path, MAX_REPORT_BYTES))
     except (ValueError, RecursionError) as error:
         raise InvalidArtifact(f"{path}: is not JSON ({error}); write the report again") from error
     if not isinstance(report, dict):
         raise InvalidArtifact(f"{path}: holds no JSON object; write the report again")
     return report
-
-
-def _read(path: Path, limit_bytes: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(limit_bytes + 1)
-    except OSError as error:
-        raise InvalidArtifact(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    if len(data) > limit_bytes:
-        raise InvalidArtifact(f"{path}: is larger than the limit of {limit_bytes} bytes; check the path")
-    return data

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from prompt_store.access import ANONYMOUS, Principal
-from prompt_store.prompts.soft_prompt import SoftPrompt, tensor_digest
+from prompt_store.prompts.prefix import Prefix as Prefix  # engines speak it too
+from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Message
 from service.engines.errors import InvalidRequest, UnsupportedFeature
 
@@ -46,24 +47,6 @@ class TokenIds:
 
 
 Prompt = Messages | RawText | TokenIds
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """A prefix-tuning prompt: keys and values of every layer, [L, 2, KV heads, P, D], in F32, BF16 or F16."""
-
-    dtype: str
-    shape: tuple[int, int, int, int, int]
-    data: bytes
-
-    @property
-    def length(self) -> int:
-        """P, the number of virtual tokens."""
-        return self.shape[3]
-
-    @property
-    def digest(self) -> str:
-        return tensor_digest(self.dtype, self.shape, self.data)
 
 
 @dataclass(frozen=True, slots=True)
