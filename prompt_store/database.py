@@ -58,7 +58,7 @@ class Database:
         backups: Path | None = None,
         migrations: Path = MIGRATIONS,
     ) -> "Database":
-        """Opens the store at a path, or at a `sqlite:///` or `postgresql+psycopg://` URL, its schema brought up to date.
+        """Opens the store at a path, a `sqlite:///` or a `postgresql+psycopg://` URL, its schema brought up to date.
 
         A store that already holds something is copied into the folder `backups` before its schema changes: by default
         beside a SQLite file, and in `.softcue/backups` for PostgreSQL. With `create=False` a missing store is an error.

@@ -41,7 +41,8 @@ def bring_up_to_date(storage: Storage, *, create: bool = True, migrations: Path 
             return
         if not create and schema_revision(connection) is None:
             raise StoreUnavailable(
-                f"there is no store at {storage.place}; start `softcue serve` to create it, or name another with --store"
+                f"there is no store at {storage.place}; start `softcue serve` to create it, or name another with "
+                "--store"
             )
     with storage.migrating() as connection:
         with connection.begin():
@@ -174,8 +175,8 @@ def _is_current(connection: Connection, scripts: ScriptDirectory, storage: Stora
     if oldest_reader is not None and bytes(oldest_reader).decode() in known:
         return True
     raise SchemaMismatch(
-        f"the store {storage.place} has schema {found} but this Softcue knows schemas up to {head}; upgrade Softcue, or "
-        "open a backup that was made before the migration"
+        f"the store {storage.place} has schema {found} but this Softcue knows schemas up to {head}; upgrade Softcue, "
+        "or open a backup that was made before the migration"
     )
 
 

@@ -67,12 +67,13 @@ def publish(
     *,
     base_fingerprint: str,
     provenance: Provenance,
+    recipe: dict[str, Any],
     report: dict[str, Any],
     alias: str,
     principal: Principal,
     reason: str,
 ) -> Published:
-    """Publish a soft prompt under an alias, in one transaction with its report and provenance."""
+    """Publish a soft prompt under an alias, in one transaction with its report, recipe and provenance."""
     new = NewVersion(
         task=task.name,
         payload_content=prompt,
@@ -80,5 +81,6 @@ def publish(
         task_revision=task.digest,
         provenance=provenance,
         report=report,
+        recipe=recipe,
     )
     return registry.publish(new, alias, reason, principal)

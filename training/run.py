@@ -262,6 +262,7 @@ def _finish(
             prompt,
             base_fingerprint=base.fingerprint,
             provenance=provenance,
+            recipe=recipe.model_dump(mode="json"),
             report=document,
             alias=recipe.publish.alias,
             principal=principal,

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from datetime import datetime
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, insert, select, update
 
 from prompt_store.access import Principal
 from prompt_store.changes import record
@@ -12,11 +12,15 @@ from prompt_store.names import SHORTEST_DIGEST_PREFIX
 from prompt_store.prompts.version import BaseDescription
 from prompt_store.tables import bases
 
+# Added to the schema later: a base that an earlier release registered has none.
+_FILLED_IN = ("kv_heads", "head_size")
+
 
 def register_base(connection: Connection, base: BaseDescription, principal: Principal, at: datetime) -> None:
     """Adds a base once. The first name stays: a fingerprint is one model, wherever its folder is.
 
-    Raises Conflict when the same fingerprint was registered with other sizes, InvalidArtifact for sizes below 1.
+    KV sizes that were not known are filled in. Raises Conflict when the same fingerprint was registered with other
+    sizes, InvalidArtifact for sizes below 1.
     """
     sizes = (base.hidden_size, base.layers, base.context_length, base.vocabulary_size)
     if not base.fingerprint or not base.name or min(sizes) < 1:
@@ -26,7 +30,7 @@ def register_base(connection: Connection, base: BaseDescription, principal: Prin
         differing = [
             f"{key}={value!r} (was {asdict(known)[key]!r})"
             for key, value in asdict(base).items()
-            if key != "name" and asdict(known)[key] != value
+            if key != "name" and asdict(known)[key] != value and not (key in _FILLED_IN and asdict(known)[key] is None)
         ]
         if differing:
             raise Conflict(
@@ -34,6 +38,20 @@ def register_base(connection: Connection, base: BaseDescription, principal: Prin
                 f"{', '.join(differing)}; a changed model needs a new fingerprint",
                 current=base.fingerprint,
             )
+        missing = {key: getattr(base, key) for key in _FILLED_IN if getattr(known, key) is None}
+        if all(size is None for size in missing.values()):
+            return
+        connection.execute(update(bases).where(bases.c.fingerprint == base.fingerprint).values(**missing))
+        record(
+            connection,
+            "base",
+            action="base.complete",
+            task=None,
+            subject=base.fingerprint,
+            principal=principal,
+            at=at,
+            details=missing,
+        )
         return
     connection.execute(insert(bases).values(**asdict(base), created_at=at, principal=principal.name))
     record(
@@ -60,6 +78,8 @@ def read_bases(connection: Connection) -> list[BaseDescription]:
             context_length=row.context_length,
             vocabulary_size=row.vocabulary_size,
             architecture=row.architecture,
+            kv_heads=row.kv_heads,
+            head_size=row.head_size,
         )
         for row in rows
     ]

@@ -78,6 +78,7 @@ def to_version(row: Row[tuple[object, ...]]) -> PromptVersion:
             tags=tuple(json.loads(row.tags)),
             created_at=row.created_at,
             principal=row.principal,
+            author=row.author,
         )
     except (ValidationError, ValueError) as error:
         raise SchemaMismatch(

@@ -3,21 +3,23 @@
 import json
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, assert_never
 
 from sqlalchemy import Connection, insert, select, update
 
 from prompt_store.access import Principal
 from prompt_store.canonical import canonical_json
 from prompt_store.changes import record
-from prompt_store.errors import BaseMismatch, InvalidArtifact, NotYetSupported, UnknownBase
+from prompt_store.errors import BaseMismatch, InvalidArtifact, UnknownBase
 from prompt_store.names import check_alias
 from prompt_store.prompts.aliases import set_alias
 from prompt_store.prompts.bases import read_bases
 from prompt_store.prompts.lookup import read_version
+from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.revisions import TaskRevision, current_revision, read_revision
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.template import template_fields
+from prompt_store.prompts.tensor_file import Tensor
 from prompt_store.prompts.version import (
     BaseDescription,
     EnsemblePayload,
@@ -39,18 +41,21 @@ from prompt_store.tables import tasks, tensors, version_tensors, versions
 class NewVersion:
     """What is to be published. `task_revision` is the digest of the revision it answers, by default the current one.
 
-    A soft prompt needs `base_fingerprint`; a text prompt may name the base it was judged on. An ensemble answers the
-    revision that its members answer, and brings their base.
+    A soft prompt or prefix needs `base_fingerprint`; a text prompt may name the base it was judged on. An ensemble
+    answers the revision that its members answer, and brings their base. `recipe` is the document that `provenance`
+    hashes; `author` is who made it, where that is not who publishes it.
     """
 
     task: str
-    payload_content: SoftPrompt | TextPayload | PrefixPayload | RemoteModelPayload | EnsemblePayload
+    payload_content: SoftPrompt | Prefix | TextPayload | RemoteModelPayload | EnsemblePayload
     base_fingerprint: str | None = None
     task_revision: str | None = None
     provenance: Provenance = field(default_factory=Provenance)
     report: dict[str, Any] | None = None
     notes: str = ""
     tags: tuple[str, ...] = ()
+    recipe: dict[str, Any] | None = None
+    author: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +73,14 @@ class Prepared:
     digest: str
     task_revision: TaskRevision
     payload: Payload
-    tensors: dict[str, SoftPrompt]
+    tensors: dict[str, Tensor]
     columns: dict[str, Any]
 
 
 def prepare(connection: Connection, new: NewVersion, alias: str | None) -> Prepared:
     """Every check, within a reading transaction.
 
-    Raises UnknownTask, UnknownBase, BaseMismatch, InvalidArtifact, InvalidName or NotYetSupported.
+    Raises UnknownTask, UnknownBase, BaseMismatch, InvalidArtifact or InvalidName.
     """
     if alias is not None:
         check_alias(alias)
@@ -90,21 +95,25 @@ def prepare(connection: Connection, new: NewVersion, alias: str | None) -> Prepa
     base = _find_base(connection, new.base_fingerprint) if new.base_fingerprint is not None else None
     provenance = new.provenance
     content = new.payload_content
+    needed: dict[str, Tensor] = {}
     if isinstance(content, SoftPrompt):
         payload: Payload = _check_soft_prompt(content, base)
         needed = {"soft_prompt": content}
+    elif isinstance(content, Prefix):
+        payload = _check_prefix(content, base)
+        needed = {"prefix": content}
     elif isinstance(content, TextPayload):
         _check_text(content, revision)
-        payload, needed = content, {}
+        payload = content
         if base is not None and provenance.base_fingerprint is None:
             provenance = provenance.model_copy(update={"base_fingerprint": base.fingerprint})
     elif isinstance(content, EnsemblePayload):
         revision = _ensemble_revision(connection, content, new)
-        payload, needed = _in_order(content), {}
+        payload = _in_order(content)
+    elif isinstance(content, RemoteModelPayload):
+        payload = content
     else:
-        raise NotYetSupported(
-            f"a {content.kind} payload cannot be published yet; publish a soft prompt, a text prompt or an ensemble"
-        )
+        assert_never(content)
     return Prepared(
         digest=version_digest(revision.digest, payload),
         task_revision=revision,
@@ -114,7 +123,9 @@ def prepare(connection: Connection, new: NewVersion, alias: str | None) -> Prepa
             "provenance": provenance.model_dump_json(),
             "report": _text_of("report", new.report) if new.report is not None else None,
             "notes": new.notes,
-            "tags": json.dumps(list(dict.fromkeys(new.tags))),
+            "tags": json.dumps(list(dict.fromkeys(new.tags)), ensure_ascii=False),
+            "recipe": _text_of("recipe", new.recipe) if new.recipe is not None else None,
+            "author": new.author,
         },
     )
 
@@ -122,11 +133,17 @@ def prepare(connection: Connection, new: NewVersion, alias: str | None) -> Prepa
 def write(
     connection: Connection, prepared: Prepared, alias: str | None, reason: str, principal: Principal, at: datetime
 ) -> Published:
-    """Version row, tensors, audit entry, change and alias, within the caller's writing transaction."""
+    """Version row, tensors, audit entry, change and alias, within the caller's writing transaction.
+
+    Of a version that is there already, tensors that were damaged since are put right.
+    """
     task = prepared.task_revision.task.name
     known = connection.execute(select(versions.c.digest).where(versions.c.digest == prepared.digest)).one_or_none()
     if known is None:
-        # First of all, so that publishers of one task wait for each other here.
+        if isinstance(prepared.payload, EnsemblePayload):
+            # A member may have been deleted since it was checked.
+            for member in prepared.payload.members:
+                read_version(connection, member)
         connection.execute(update(tasks).where(tasks.c.name == task).values(last_version=tasks.c.last_version + 1))
         number = connection.execute(select(tasks.c.last_version).where(tasks.c.name == task)).scalar_one()
         connection.execute(
@@ -157,6 +174,17 @@ def write(
             reason=reason,
             details={"number": number, "kind": prepared.payload.kind},
         )
+    elif sum(_write_tensor(connection, tensor, tensor.digest) for tensor in prepared.tensors.values()):
+        record(
+            connection,
+            "version",
+            action="version.repair",
+            task=task,
+            subject=prepared.digest,
+            principal=principal,
+            at=at,
+            reason=reason,
+        )
     if alias is not None:
         set_alias(connection, task, alias, prepared.digest, reason=reason, principal=principal, at=at)
     return Published(read_version(connection, prepared.digest), created=known is None)
@@ -172,17 +200,11 @@ def _find_base(connection: Connection, fingerprint: str) -> BaseDescription:
 
 def _check_soft_prompt(prompt: SoftPrompt, base: BaseDescription | None) -> SoftPromptPayload:
     prompt.check()
-    if base is None:
-        raise InvalidArtifact("a soft prompt runs only on the base it was trained on; give that base's fingerprint")
+    base = _check_room("soft prompt", prompt.length, base)
     if prompt.hidden_size != base.hidden_size:
         raise BaseMismatch(
             f"soft prompt has H={prompt.hidden_size} but base {base.name!r} has H={base.hidden_size}; "
             "retrain it on this base or publish it for another"
-        )
-    if prompt.length >= base.context_length:
-        raise BaseMismatch(
-            f"soft prompt has P={prompt.length} virtual tokens but base {base.name!r} has a context of "
-            f"{base.context_length}, which leaves no room for a request; retrain it with fewer virtual tokens"
         )
     return SoftPromptPayload(
         tensor_digest=prompt.digest,
@@ -190,6 +212,39 @@ def _check_soft_prompt(prompt: SoftPrompt, base: BaseDescription | None) -> Soft
         shape=prompt.shape,
         base_fingerprint=base.fingerprint,
     )
+
+
+def _check_prefix(prefix: Prefix, base: BaseDescription | None) -> PrefixPayload:
+    prefix.check()
+    base = _check_room("prefix", prefix.length, base)
+    layers, _, kv_heads, _, head_size = prefix.shape
+    for what, found, expected in (
+        ("layers", layers, base.layers),
+        ("KV heads", kv_heads, base.kv_heads),
+        ("a head size", head_size, base.head_size),
+    ):
+        if expected is not None and found != expected:
+            raise BaseMismatch(
+                f"prefix has {what} of {found} but base {base.name!r} has {expected}; retrain it on this base or "
+                "publish it for another"
+            )
+    return PrefixPayload(
+        tensors={"prefix": prefix.digest},
+        dtype=prefix.dtype,
+        length=prefix.length,
+        base_fingerprint=base.fingerprint,
+    )
+
+
+def _check_room(what: str, length: int, base: BaseDescription | None) -> BaseDescription:
+    if base is None:
+        raise InvalidArtifact(f"a {what} runs only on the base it was trained on; give that base's fingerprint")
+    if length >= base.context_length:
+        raise BaseMismatch(
+            f"{what} has P={length} virtual tokens but base {base.name!r} has a context of {base.context_length}, "
+            "which leaves no room for a request; retrain it with fewer virtual tokens"
+        )
+    return base
 
 
 def _check_text(payload: TextPayload, revision: TaskRevision) -> None:
@@ -244,15 +299,20 @@ def _text_of(what: str, document: dict[str, Any]) -> str:
         ) from error
 
 
-def _write_tensor(connection: Connection, prompt: SoftPrompt, digest: str) -> None:
-    if connection.execute(select(tensors.c.digest).where(tensors.c.digest == digest)).one_or_none() is not None:
-        return
-    connection.execute(
-        insert(tensors).values(
-            digest=digest,
-            dtype=prompt.dtype,
-            shape=json.dumps(list(prompt.shape)),
-            size_bytes=prompt.size_bytes,
-            data=prompt.data,
-        )
-    )
+def _write_tensor(connection: Connection, tensor: Tensor, digest: str) -> bool:
+    """Stores a tensor where the store has none of that digest, or has it damaged; returns whether it did."""
+    here = tensors.c.digest == digest
+    stored = connection.execute(select(tensors.c.data).where(here)).scalar_one_or_none()
+    if stored is not None and bytes(stored) == tensor.data:
+        return False
+    columns = {
+        "dtype": tensor.dtype,
+        "shape": json.dumps(list(tensor.shape)),
+        "size_bytes": tensor.size_bytes,
+        "data": tensor.data,
+    }
+    if stored is None:
+        connection.execute(insert(tensors).values(digest=digest, **columns))
+    else:
+        connection.execute(update(tensors).where(here).values(**columns))
+    return True

@@ -1,7 +1,6 @@
 """A PromptVersion: an immutable, content-addressed answer to one task revision, and what its digest covers.
 
-The payload is a tagged union by `kind`. Soft prompts, text prompts and ensembles can be published; the other kinds are
-shapes that the registry refuses until something serves them.
+The payload is a tagged union by `kind`; which backend serves which kind is the service's business.
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,10 @@ _FROZEN = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 @dataclass(frozen=True, slots=True)
 class BaseDescription:
-    """What the store needs to know of a base model: its fingerprint, and the sizes that a soft prompt must fit."""
+    """What the store needs to know of a base model: its fingerprint, and the sizes that a soft prompt must fit.
+
+    `kv_heads` and `head_size` are what a prefix must fit besides `layers`; None where they are not known.
+    """
 
     fingerprint: str
     name: str
@@ -36,10 +38,12 @@ class BaseDescription:
     context_length: int
     vocabulary_size: int
     architecture: str
+    kv_heads: int | None = None
+    head_size: int | None = None
 
 
 class SoftPromptPayload(BaseModel):
-    """A learned tensor [P, H]; its bytes stay in the store until `Registry.soft_prompt` asks for them."""
+    """A learned tensor [P, H]; its bytes stay in the store until `Registry.prompt` asks for them."""
 
     model_config = _FROZEN
 
@@ -52,7 +56,7 @@ class SoftPromptPayload(BaseModel):
 
 
 class PrefixPayload(BaseModel):
-    """Reserved: key/value pairs per layer; `tensors` maps a name such as `layers.0.key` to a tensor digest."""
+    """Keys and values of every layer: `tensors` maps `prefix` to the digest of one tensor [L, 2, KV heads, P, D]."""
 
     model_config = _FROZEN
 
@@ -74,13 +78,13 @@ class TextPayload(BaseModel):
 
 
 class RemoteModelPayload(BaseModel):
-    """Reserved: a fine-tuned model at a provider."""
+    """A fine-tuned model at a provider, by the names that a backend knows both by."""
 
     model_config = _FROZEN
 
     kind: Literal["remote_model"] = "remote_model"
-    provider: str
-    model: str
+    provider: Annotated[str, Field(min_length=1, max_length=64)]
+    model: Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class EnsemblePayload(BaseModel):
@@ -157,6 +161,7 @@ class PromptVersion(BaseModel):
     tags: tuple[str, ...]
     created_at: datetime
     principal: str
+    author: str | None = None
 
     @property
     def label(self) -> str:

@@ -66,11 +66,25 @@ class BaseModel:
     def context_length(self) -> int:
         return self._size("max_position_embeddings", "n_positions")
 
-    def _size(self, *keys: str) -> int:
+    @property
+    def kv_heads(self) -> int | None:
+        """Heads of keys and values in each layer; None where the configuration does not say."""
+        return self._given("num_key_value_heads", "num_attention_heads", "n_head", "num_heads")
+
+    @property
+    def head_size(self) -> int | None:
+        """D, the width of a head of keys; None where the configuration does not say."""
+        heads = self._given("num_attention_heads", "n_head", "num_heads")
+        return self._given("head_dim") or (self.hidden_size // heads if heads else None)
+
+    def _given(self, *keys: str) -> int | None:
         """The first of these that the configuration has: architectures name the same thing differently."""
-        for key in keys:
-            if isinstance(size := self.text_config.get(key), int):
-                return size
+        return next((size for key in keys if isinstance(size := self.text_config.get(key), int)), None)
+
+    def _size(self, *keys: str) -> int:
+        size = self._given(*keys)
+        if size is not None:
+            return size
         raise BaseModelError(
             f"config.json of base model '{self.name}' has no '{keys[0]}', so it is no decoder with attention that can "
             "be served here"
@@ -87,6 +101,8 @@ class BaseModel:
             context_length=self.context_length,
             vocabulary_size=self.vocabulary_size,
             architecture=str(architectures[0]),
+            kv_heads=self.kv_heads,
+            head_size=self.head_size,
         )
 
     @cached_property

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from prompt_store.access import Principal
+from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.registry import BaseDescription, NewVersion, Published, Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Task, parse_task
@@ -13,8 +14,8 @@ from prompt_store.prompts.task import Task, parse_task
 ANNA = Principal("anna")
 BORIS = Principal("boris")
 
-BASE = BaseDescription("a1" * 32, "demo-base", 16, 2, 64, 512, "LlamaForCausalLM")
-OTHER_BASE = BaseDescription("b2" * 32, "other-base", 16, 2, 64, 512, "LlamaForCausalLM")
+BASE = BaseDescription("a1" * 32, "demo-base", 16, 2, 64, 512, "LlamaForCausalLM", kv_heads=2, head_size=8)
+OTHER_BASE = BaseDescription("b2" * 32, "other-base", 16, 2, 64, 512, "LlamaForCausalLM", kv_heads=2, head_size=8)
 
 TASK_TOML = """
 name = "support_intents"
@@ -51,6 +52,11 @@ def task(name: str = "support_intents", **changes: Any) -> Task:
 def prompt(seed: int = 0, length: int = 4, hidden_size: int = 16) -> SoftPrompt:
     values = np.random.default_rng(seed).standard_normal((length, hidden_size))
     return SoftPrompt.from_float32(values)
+
+
+def prefix(seed: int = 0, *, layers: int = 2, kv_heads: int = 2, length: int = 3, head_size: int = 8) -> Prefix:
+    shape = (layers, 2, kv_heads, length, head_size)
+    return Prefix("F32", shape, np.random.default_rng(seed).standard_normal(shape).astype("<f4").tobytes())
 
 
 def publish(registry: Registry, seed: int = 0, alias: str | None = None, **changes: Any) -> Published:

@@ -7,7 +7,6 @@ from prompt_store.errors import (
     BaseMismatch,
     InvalidArtifact,
     InvalidName,
-    NotYetSupported,
     StoreError,
     StoreUnavailable,
     UnknownBase,
@@ -18,13 +17,11 @@ from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.template import Message
 from prompt_store.prompts.version import (
     EnsemblePayload,
-    PrefixPayload,
     Provenance,
-    RemoteModelPayload,
     SoftPromptPayload,
     TextPayload,
 )
-from tests.prompt_store.building import ANNA, BASE, BORIS, OTHER_BASE, prompt, publish, task
+from tests.prompt_store.building import ANNA, BASE, BORIS, OTHER_BASE, prefix, prompt, publish, task
 
 A, B = "a" * 64, "b" * 64
 NAN = SoftPrompt.from_float32(np.array([[0.0] * 16, [np.nan] * 16]))
@@ -167,12 +164,12 @@ BAD: list[tuple[dict[str, Any], type[StoreError], str]] = [
     ({"payload_content": text("{")}, InvalidArtifact, "a lone '{'"),
     ({"payload_content": ensemble(A, A)}, InvalidArtifact, "names a member twice"),
     ({"payload_content": ensemble(A, B)}, UnknownVersion, f"no version '{A}'"),
-    ({"payload_content": RemoteModelPayload(provider="openai", model="ft:x")}, NotYetSupported, "remote_model"),
-    (
-        {"payload_content": PrefixPayload(tensors={"k": A}, dtype="F32", length=1, base_fingerprint="x")},
-        NotYetSupported,
-        "a prefix payload cannot be published yet",
-    ),
+    ({"payload_content": prefix(layers=3)}, BaseMismatch, "layers of 3 but base 'demo-base' has 2"),
+    ({"payload_content": prefix(kv_heads=4)}, BaseMismatch, "KV heads of 4 but base 'demo-base' has 2"),
+    ({"payload_content": prefix(head_size=4)}, BaseMismatch, "a head size of 4 but base 'demo-base' has 8"),
+    ({"payload_content": prefix(length=64)}, BaseMismatch, "which leaves no room for a request"),
+    ({"payload_content": prefix(), "base_fingerprint": None}, InvalidArtifact, "a prefix runs only on the base"),
+    ({"recipe": {"rate": float("nan")}}, InvalidArtifact, "the recipe cannot be stored as JSON"),
 ]
 
 
