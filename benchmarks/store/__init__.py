@@ -1,0 +1,1 @@
+"""The store's own figures, on SQLite and on PostgreSQL: `python -m benchmarks.store`."""
