@@ -1,6 +1,7 @@
 """The base models that the store has seen, by fingerprint."""
 
-from dataclasses import asdict
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from sqlalchemy import Connection, insert, select, update
@@ -10,7 +11,7 @@ from prompt_store.changes import record
 from prompt_store.errors import Conflict, InvalidArtifact, InvalidName, UnknownBase
 from prompt_store.names import SHORTEST_DIGEST_PREFIX
 from prompt_store.prompts.version import BaseDescription
-from prompt_store.tables import bases
+from prompt_store.tables import bases, versions
 
 # Added to the schema later: a base that an earlier release registered has none.
 _FILLED_IN = ("kv_heads", "head_size")
@@ -82,6 +83,42 @@ def read_bases(connection: Connection) -> list[BaseDescription]:
             head_size=row.head_size,
         )
         for row in rows
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedBase:
+    """A base and the labels of the versions that are bound to it, by task.
+
+    `missing` are the tasks with versions for other bases and none for this one: what a move to it still needs. Texts
+    and remote models run anywhere, so they need nothing.
+    """
+
+    base: BaseDescription
+    versions: dict[str, tuple[str, ...]]
+    missing: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.versions.values()))
+
+
+def carried_by_bases(connection: Connection) -> list[CarriedBase]:
+    """Every base with what it carries, in the order in which they were registered."""
+    bound: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    query = select(versions.c.base_fingerprint, versions.c.task, versions.c.number)
+    for row in connection.execute(
+        query.where(versions.c.base_fingerprint.is_not(None)).order_by(versions.c.task, versions.c.number)
+    ):
+        bound[row.base_fingerprint][row.task].append(f"v{row.number}")
+    tasks = sorted({task for carried in bound.values() for task in carried})
+    return [
+        CarriedBase(
+            base,
+            {task: tuple(labels) for task, labels in bound[base.fingerprint].items()},
+            tuple(task for task in tasks if task not in bound[base.fingerprint]),
+        )
+        for base in read_bases(connection)
     ]
 
 

@@ -14,6 +14,7 @@ from prompt_store.database import Database
 from prompt_store.names import AliasSelector, parse_selector
 from prompt_store.prompts import aliases, bases, lookup, publishing, revisions
 from prompt_store.prompts.aliases import UNSET, Alias, AliasMove, Unset
+from prompt_store.prompts.bases import CarriedBase
 from prompt_store.prompts.publishing import NewVersion, Published
 from prompt_store.prompts.revisions import TaskRevision
 from prompt_store.prompts.snapshot import StoreSnapshot, read_snapshot
@@ -60,6 +61,11 @@ class Registry:
     def bases(self) -> list[BaseDescription]:
         with self.database.read() as connection:
             return bases.read_bases(connection)
+
+    def carried_by_bases(self) -> list[CarriedBase]:
+        """Every base with the versions that are bound to it, and the tasks that a move to it still needs."""
+        with self.database.read() as connection:
+            return bases.carried_by_bases(connection)
 
     def find_base(self, name_or_fingerprint: str) -> BaseDescription:
         """By name, fingerprint or unique prefix of it. Raises UnknownBase or InvalidName."""
