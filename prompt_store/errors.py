@@ -12,7 +12,8 @@ StoreError                  every message gives the fact and the remedy
 ├── InvalidArtifact         damaged or unacceptable content: bytes, shape, dtype, NaN, report
 ├── BaseMismatch            a soft prompt that does not fit the base it names
 ├── InvalidRoute            a route document that contradicts itself
-├── Conflict                a compare-and-set lost; .current says what is there now
+├── Conflict                what the store holds now does not allow it, as a lost compare-and-set; .current is that
+│   └── InUse               a version that something needs; .users says what
 ├── NotYetSupported         a reserved shape that nothing serves yet
 ├── SchemaMismatch          a database or document that this code cannot read
 └── StoreUnavailable        busy, full, read-only, missing or damaged database file
@@ -100,11 +101,19 @@ class InvalidRoute(StoreError):
 
 
 class Conflict(StoreError):
-    """Somebody else was first. `current` is what the store holds now, None for nothing."""
+    """Somebody else was first, or this would break something. `current` is what the store holds, None for nothing."""
 
     def __init__(self, message: str, *, current: str | None = None) -> None:
         super().__init__(message)
         self.current = current
+
+
+class InUse(Conflict):
+    """`users` say in words who needs the version whose digest is `current`."""
+
+    def __init__(self, message: str, *, users: tuple[str, ...] = (), current: str | None = None) -> None:
+        super().__init__(message, current=current)
+        self.users = users
 
 
 class NotYetSupported(StoreError):

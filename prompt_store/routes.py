@@ -7,7 +7,7 @@ and are refused with NotYetSupported when applied. Executing a route is the serv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from sqlalchemy import Connection, Row, func, insert, select, tuple_
@@ -140,6 +140,26 @@ def parse_route(document: Mapping[str, Any]) -> Route:
         problem = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(step) for step in problem["loc"])
         raise InvalidRoute(f"route{f' at {place}' if place else ''}: {problem['msg']}; correct it there") from error
+
+
+def route_selectors(route: Route) -> frozenset[str]:
+    """Every version that a route names at any depth, as it names it: by alias, number or digest."""
+    match route:
+        case DirectRoute():
+            return frozenset({route.version})
+        case SplitRoute():
+            inner: tuple[Route, ...] = tuple(arm.route for arm in route.arms)
+        case FallbackRoute():
+            inner = route.routes
+        case CascadeRoute():
+            inner = (route.first, route.second)
+        case ShadowRoute():
+            inner = (route.primary, route.shadow)
+        case EnsembleRoute():
+            inner = route.members
+        case _:
+            assert_never(route)
+    return frozenset().union(*(route_selectors(each) for each in inner))
 
 
 def check_servable(route: Route) -> None:

@@ -191,3 +191,34 @@ class Registry:
         """Everything but tensor bytes, as of one moment."""
         with self.database.read() as connection:
             return read_snapshot(connection)
+
+    def rollback_alias(
+        self, task: str, alias: str, *, expected: str | Unset | None = UNSET, reason: str, principal: Principal
+    ) -> Alias:
+        """Takes the alias back to its previous target; a second time, to the one before that.
+
+        Compare-and-set, as `move_alias`. Raises Conflict when `expected` does not hold, when there is no previous
+        target or it was deleted; UnknownAlias.
+        """
+        with self.database.write() as connection:
+            return aliases.rollback_alias(
+                connection, task, alias, expected=expected, reason=reason, principal=principal, at=self._now()
+            )
+
+    def rollback_target(self, task: str, alias: str) -> str | None:
+        """The digest that `rollback_alias` would return an existing alias to; None where it would be refused."""
+        with self.database.read() as connection:
+            revisions.require_task(connection, task)
+            return aliases.read_rollback_targets(connection, task).get((task, alias))
+
+    def remove_alias(
+        self, task: str, alias: str, *, expected: str | Unset | None = UNSET, reason: str, principal: Principal
+    ) -> None:
+        """Compare-and-set, as `move_alias`; the history stays.
+
+        Raises Conflict when `expected` does not hold or an applied route names the alias; UnknownAlias.
+        """
+        with self.database.write() as connection:
+            aliases.remove_alias(
+                connection, task, alias, expected=expected, reason=reason, principal=principal, at=self._now()
+            )

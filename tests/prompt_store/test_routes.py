@@ -4,7 +4,7 @@ import pytest
 
 from prompt_store.errors import InvalidRoute, NotYetSupported, UnknownTask, UnknownVersion
 from prompt_store.prompts.registry import Registry
-from prompt_store.routes import DirectRoute, parse_route
+from prompt_store.routes import DirectRoute, parse_route, route_selectors
 from tests.prompt_store.building import ANNA, publish
 
 DIRECT = {"kind": "direct", "backend": "local", "version": "candidate"}
@@ -74,3 +74,13 @@ def test_a_route_needs_a_task(registry: Registry) -> None:
 def test_a_contradictory_route_is_refused(document: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidRoute, match=reason):
         parse_route(document)
+
+
+@pytest.mark.parametrize("document", RESERVED, ids=lambda document: str(document["kind"]))
+def test_the_versions_that_a_route_names_are_found_at_any_depth(document: dict[str, Any]) -> None:
+    nested = {"kind": "cascade", "first": document, "second": DIRECT | {"version": "v7"}, "threshold": 0.5}
+    assert route_selectors(parse_route({"kind": "fallback", "routes": [nested, DIRECT | {"version": "a1b2c3d4"}]})) == {
+        "candidate",
+        "v7",
+        "a1b2c3d4",
+    }
