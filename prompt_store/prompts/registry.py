@@ -5,14 +5,14 @@ StoreUnavailable, and those that take a task UnknownTask.
 """
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from prompt_store import routes
 from prompt_store.access import Principal
 from prompt_store.changes import Change, ChangeWatcher, read_changes
 from prompt_store.database import Database
 from prompt_store.names import AliasSelector, parse_selector
-from prompt_store.prompts import aliases, bases, lookup, publishing, revisions
+from prompt_store.prompts import aliases, bases, deleting, lookup, publishing, revisions
 from prompt_store.prompts.aliases import UNSET, Alias, AliasMove, Unset
 from prompt_store.prompts.bases import CarriedBase
 from prompt_store.prompts.publishing import NewVersion, Published
@@ -22,6 +22,8 @@ from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Task
 from prompt_store.prompts.version import BaseDescription, PromptVersion
 from prompt_store.routes import DirectRoute, Route, RouteRevision
+from prompt_store.upkeep import collecting
+from prompt_store.upkeep.collecting import Collection
 
 __all__ = [
     "UNSET",
@@ -30,6 +32,7 @@ __all__ = [
     "BaseDescription",
     "Change",
     "ChangeWatcher",
+    "Collection",
     "NewVersion",
     "Published",
     "Registry",
@@ -222,3 +225,22 @@ class Registry:
             aliases.remove_alias(
                 connection, task, alias, expected=expected, reason=reason, principal=principal, at=self._now()
             )
+
+    def delete_version(self, task: str, selector: str, *, reason: str, principal: Principal) -> PromptVersion:
+        """Removes a version and the tensors that it alone had; returns what it was. Its number is not given again.
+
+        Raises InUse naming the aliases, route and ensembles that need it; otherwise as `version`.
+        """
+        with self.database.write() as connection:
+            return deleting.delete_version(
+                connection, task, selector, reason=reason, principal=principal, at=self._now()
+            )
+
+    def plan_collection(self, grace: timedelta) -> Collection:
+        """What `collect` would remove now: what nothing has named for as long as `grace`."""
+        with self.database.read() as connection:
+            return collecting.plan_collection(connection, grace, self._now())
+
+    def collect(self, grace: timedelta, principal: Principal, reason: str) -> Collection:
+        """Removes what nothing has named for as long as `grace`, in several short transactions; tells what went."""
+        return collecting.collect(self.database, grace, reason=reason, principal=principal, now=self._now())

@@ -1,0 +1,1 @@
+"""What keeps a store in order over the years: collecting what nothing names, verifying, backing up, restoring."""
