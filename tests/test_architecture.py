@@ -26,7 +26,7 @@ FLOORS = {
     "softcue": 8,
 }
 FORBIDDEN = {
-    "prompt_store": {"torch", "transformers", "litestar", "openai", "service", "training", "softcue"},
+    "prompt_store": {"torch", "transformers", "peft", "litestar", "openai", "service", "training", "softcue"},
     "service.engines": {"litestar", "prometheus_client", "uvicorn"},
     "service.experiments": {"torch", "litestar", "sqlalchemy"},
 }

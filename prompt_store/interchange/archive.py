@@ -62,10 +62,10 @@ def _check_directory(data: bytes, source: str) -> None:
 
 def _check_entries(entries: list[zipfile.ZipInfo], source: str) -> None:
     names = [entry.filename for entry in entries]
-    if any(name.lower().endswith(_PICKLES) for name in names):
+    if pickles := [name for name in names if name.lower().endswith(_PICKLES)]:
         raise InvalidArtifact(
-            f"{source}: holds a pickle, as torch.save writes (it could run code and is never opened); save the prompt "
-            "as safetensors"
+            f"{source}: holds a pickle, {pickles[0][:80]!r}, as torch.save writes (it could run code and is never "
+            "opened); save the prompt as safetensors, and zip an adapter's folder without what training left there"
         )
     if any(name.endswith(".npy") for name in names):
         raise InvalidArtifact(f"{source}: is a numpy .npz of several arrays; save the prompt alone with numpy.save")

@@ -11,7 +11,7 @@ from prompt_store.interchange.peft import CONFIG_FILE, TENSORS_FILE, read_peft
 from prompt_store.prompts.artifact import decode_artifact
 from prompt_store.prompts.tensor_file import MAX_FILE_BYTES, MAX_HEADER_BYTES, guess_format
 
-_PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin", ".joblib", ".model"}
+_PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin", ".joblib"}
 _REMEDY = "give a .safetensors of Softcue, a PEFT adapter's folder or a zip of it, or a .npy"
 
 

@@ -100,7 +100,7 @@ def write_peft(
 ) -> None:
     """An adapter folder that `PeftModel.from_pretrained` takes: PROMPT_TUNING, or PREFIX_TUNING or CARTRIDGE.
 
-    Reading it gives the same prompt, to the bit. PEFT itself computes in float32 whatever is stored. Raises
+    Reading it gives the same prompt, to the bit; PEFT itself holds it in float32 whatever is stored. Raises
     InvalidArtifact when the folder is there already and not empty, and for a soft prompt as a cartridge.
     """
     prompt.check()
@@ -161,8 +161,8 @@ def _to_prefix(embeddings: Tensor, config: _Config) -> Prefix:
 def _fold(tensors: dict[str, Tensor], config: _Config, task_index: int | None) -> tuple[SoftPrompt, str]:
     """The float32 soft prompt of one task, as PEFT's forward computes it, and a note that says so.
 
-    The shared embeddings are multiplied by the task's columns [P, R] times rows [R, H]. That product is summed exactly
-    and rounded once, so it does not depend on the machine; PEFT's own is that for R = 1, and may round otherwise.
+    The shared embeddings are multiplied by the task's columns [P, R] times rows [R, H]. That product is summed in
+    float64 and rounded once to float32: for R = 1 it is PEFT's to the bit, for more PEFT's own sum rounds on the way.
     """
     length, tasks, ranks = config.num_virtual_tokens, config.num_tasks, config.num_ranks
     shared, columns, rows = tensors[_EMBEDDINGS], tensors[_COLUMNS], tensors[_ROWS]
@@ -206,7 +206,7 @@ def _read_config(folder: Path) -> _Config:
         raise InvalidArtifact(f"{path}: does not say its peft_type; {_REMEDY}")
     if kind not in _SERVED:
         raise InvalidArtifact(
-            f"{path}: is a {kind[:40]} adapter, which changes the base model's layers; prompts come as "
+            f"{path}: is a {kind[:40]!r} adapter, which changes the base model's layers; prompts come as "
             f"{', '.join(_SERVED)}. Merge it into the base with PEFT's merge_and_unload and serve that as a base, or "
             "tune a prompt instead"
         )
@@ -218,7 +218,7 @@ def _read_config(folder: Path) -> _Config:
         raise InvalidArtifact(f"{path}: {name}: {problem['msg']}; {_REMEDY}") from error
     if config.task_type not in (None, "CAUSAL_LM") or config.num_transformer_submodules not in (None, 1):
         raise InvalidArtifact(
-            f"{path}: is for {str(config.task_type)[:40]} with num_transformer_submodules="
+            f"{path}: is for {str(config.task_type)[:40]!r} with num_transformer_submodules="
             f"{config.num_transformer_submodules}; only causal language models are served, so train it as CAUSAL_LM"
         )
     return config

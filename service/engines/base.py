@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from prompt_store.access import ANONYMOUS, Principal
-from prompt_store.prompts.prefix import Prefix as Prefix  # engines speak it too
+from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Message
 from service.engines.errors import InvalidRequest, UnsupportedFeature

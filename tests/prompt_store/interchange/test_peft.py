@@ -135,7 +135,7 @@ def test_the_only_task_needs_no_index_and_one_of_several_does(tmp_path: Path) ->
 def test_an_adapter_of_the_base_s_layers_is_refused_with_what_to_do(tmp_path: Path) -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2)
     model = peft.get_peft_model(base_model(), config)
-    with pytest.raises(InvalidArtifact, match=r"adapter_config\.json: is a LORA adapter.*merge_and_unload"):
+    with pytest.raises(InvalidArtifact, match=r"adapter_config\.json: is a 'LORA' adapter.*merge_and_unload"):
         read_peft(save(model, tmp_path / "lora"))
 
 
@@ -159,8 +159,8 @@ PREFIX_CONFIG = {"peft_type": "PREFIX_TUNING", "num_layers": 3, "num_attention_h
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"peft_type": "IA3"}, "is a IA3 adapter"),
-        ({"peft_type": "NEXT_YEARS_TUNING"}, "is a NEXT_YEARS_TUNING adapter"),
+        ({"peft_type": "IA3"}, "is a 'IA3' adapter"),
+        ({"peft_type": "NEXT_YEARS_TUNING"}, "is a 'NEXT_YEARS_TUNING' adapter"),
         ({"leave_out": "peft_type"}, "does not say its peft_type"),
         ({"peft_type": ["LORA"]}, "does not say its peft_type"),
         ({"leave_out": "num_virtual_tokens"}, "num_virtual_tokens: Field required"),
@@ -172,8 +172,8 @@ PREFIX_CONFIG = {"peft_type": "PREFIX_TUNING", "num_layers": 3, "num_attention_h
             r"has shape \[6, 48\], but .* num_virtual_tokens=7, token_dim=48",
         ),
         ({"token_dim": 47}, "num_virtual_tokens=6, token_dim=47"),
-        ({"task_type": "SEQ_2_SEQ_LM"}, "is for SEQ_2_SEQ_LM .* train it as CAUSAL_LM"),
-        ({"task_type": "SEQ_CLS"}, "is for SEQ_CLS"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "is for 'SEQ_2_SEQ_LM' .* train it as CAUSAL_LM"),
+        ({"task_type": "SEQ_CLS"}, "is for 'SEQ_CLS'"),
         ({"num_transformer_submodules": 2}, "num_transformer_submodules=2"),
         ({"base_model_name_or_path": 1}, "base_model_name_or_path: Input should be a valid string"),
         ({**PREFIX_CONFIG}, r"prompt_embeddings has shape \[6, 48\].*2 \* num_layers \* token_dim=192"),
