@@ -77,9 +77,13 @@ class ChangeWatcher:
     def __init__(self, database: Database, poll_s: float = 0.1) -> None:
         self._database = database
         self._watch = database.watch(poll_s)
-        with database.checked():
-            self._watch.news()
-        self.sequence = self._read_sequence()
+        try:
+            with database.checked():
+                self._watch.news()
+            self.sequence = self._read_sequence()
+        except BaseException:
+            self._watch.close()
+            raise
 
     def poll(self) -> bool:
         """True when something was committed since the last poll, by any process. Costs microseconds when not.

@@ -13,6 +13,7 @@ from typing import Protocol, Self
 
 from sqlalchemy import Connection, insert, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from prompt_store.errors import NotYetSupported, StoreError, StoreUnavailable
 from prompt_store.migrating import MIGRATIONS, bring_up_to_date
@@ -149,7 +150,7 @@ def _storage(url_or_path: str | Path) -> Storage:
     try:
         # As some hosts of databases still write it.
         url = make_url(text.replace("postgres://", "postgresql://", 1))
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise StoreError(
             "the store's URL cannot be read; use a file path, sqlite:///PATH or postgresql+psycopg://USER@HOST/NAME"
         ) from error
@@ -174,3 +175,8 @@ def _translated(storage: Storage) -> Iterator[None]:
         if explanation is None:
             raise
         raise StoreUnavailable(f"the store {storage.place} cannot be used now: {explanation}") from error
+    except PoolTimeout as error:
+        raise StoreUnavailable(
+            f"the store {storage.place} cannot be used now: this process has all its connections to it in use; "
+            "try again, or ask it less at once"
+        ) from error

@@ -13,7 +13,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, MetaData, delete, event, insert, inspect, select
+from sqlalchemy import Connection, LargeBinary, MetaData, delete, event, insert, inspect, select
 
 from prompt_store.errors import SchemaMismatch, StoreError, StoreUnavailable
 from prompt_store.postgresql import PostgresqlStorage
@@ -25,7 +25,8 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 # The oldest schema whose code still works with this one. Without it, code that does not know the schema refuses it.
 OLDEST_READER_KEY = "schema_oldest_reader"
 
-_ROWS_AT_ONCE = 200
+_ROWS_AT_ONCE = 500
+_LARGE_ROWS_AT_ONCE = 8
 
 Storage = SqliteStorage | PostgresqlStorage
 
@@ -53,6 +54,9 @@ def bring_up_to_date(storage: Storage, *, create: bool = True, migrations: Path 
         if found is not None:
             back_up(storage, found, migrations)
         with connection.begin():
+            if found is not None:
+                # Code of the old schema may be writing: it waits, so that its locks and ours never wait for each other.
+                storage.begin_write(connection)
             _upgrade(connection, migrations, "head")
             _write_oldest_reader(connection, scripts)
             broken = storage.dangling_rows(connection)
@@ -84,12 +88,17 @@ def copy_store(storage: Storage, target: Path, revision: str, migrations: Path =
     The copy of a PostgreSQL database has the tables of the same schema, `revision`, and can be opened as a store.
     """
     unfinished = target.with_name(target.name + ".unfinished")
-    unfinished.unlink(missing_ok=True)
-    if isinstance(storage, SqliteStorage):
-        storage.copy_to(unfinished)
-    else:
-        _write_copy(storage, SqliteStorage(unfinished), revision, migrations)
-    unfinished.rename(target)
+    try:
+        if isinstance(storage, SqliteStorage):
+            storage.copy_to(unfinished)
+        else:
+            _write_copy(storage, SqliteStorage(unfinished), revision, migrations)
+        unfinished.rename(target)
+    except BaseException:
+        # Where the disk is full, what was written of it would keep it full.
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            unfinished.with_name(unfinished.name + suffix).unlink(missing_ok=True)
+        raise
 
 
 def _write_copy(storage: Storage, copy: SqliteStorage, revision: str, migrations: Path) -> None:
@@ -116,10 +125,11 @@ def copy_rows(source: Connection, target: Connection) -> dict[str, int]:
     tables = [table for table in _reflect(target).sorted_tables if table.name != "alembic_version"]
     for table in reversed(tables):
         target.execute(delete(table))
-    source = source.execution_options(yield_per=_ROWS_AT_ONCE)
     counts = dict.fromkeys((table.name for table in tables), 0)
     for table in tables:
-        for batch in source.execute(select(table)).partitions():
+        large = any(isinstance(column.type, LargeBinary) for column in table.columns)
+        options = {"yield_per": _LARGE_ROWS_AT_ONCE if large else _ROWS_AT_ONCE}
+        for batch in source.execute(select(table), execution_options=options).partitions():
             rows = [{name: _moved(value, target) for name, value in row._mapping.items()} for row in batch]
             target.execute(insert(table), rows)
             counts[table.name] += len(rows)

@@ -30,18 +30,32 @@ _SLICE_S = 0.25
 # Advisory locks are numbers; this one means "Softcue changes its schema".
 _MIGRATION_LOCK = 0x50F7C0E
 
+# Where the URL does not say otherwise. A server that vanished without a word is given up after half a minute.
+_DRIVER_DEFAULTS = {"connect_timeout": CONNECT_TIMEOUT_S, "keepalives_idle": 30, "tcp_user_timeout": 30_000}
+
 # SQLSTATE classes and codes in which the server, not the statement, is at fault.
-_ENVIRONMENTAL = ("08", "25006", "25P03", "3D", "28", "42501", "53", "55P03", "57", "58", "XX001", "XX002")
+_ENVIRONMENTAL = ("08", "25006", "25P03", "3D", "28", "40", "42501", "53", "55P03", "57", "58", "XX001", "XX002")
 _REMEDIES = {
     "25006": "it is read-only, maybe a standby; name the primary",
     "28": "check user and password in the URL",
     "3D": "create the database, or name another with --store",
+    "40": "another process was in the way; try again",
     "42501": "grant the user the right to create and write tables in its schema",
     "53100": "free disk space there and try again; nothing was written",
     "53300": "it has no connection left; raise max_connections or run fewer services",
     "55P03": "another process holds it for long; try again, or find what holds it",
     "XX001": "it is damaged; restore a backup",
     "XX002": "it is damaged; restore a backup",
+}
+# Of a connection that was refused the driver passes on the server's words and not its code.
+_REFUSALS = {
+    "invalid connection option": "take it out of the URL",
+    "authentication failed": _REMEDIES["28"],
+    "no password supplied": _REMEDIES["28"],
+    'FATAL:  role "': _REMEDIES["28"],
+    'FATAL:  database "': _REMEDIES["3D"],
+    "too many": _REMEDIES["53300"],
+    "connection slots": _REMEDIES["53300"],
 }
 
 
@@ -54,11 +68,10 @@ class PostgresqlStorage:
         if url.get_driver_name() not in ("psycopg", "psycopg2"):
             raise StoreError(f"the driver {url.get_driver_name()!r} is not used here; write postgresql+psycopg://...")
         url = url.set(drivername="postgresql+psycopg")
-        self.place = url.render_as_string(hide_password=True)
+        self.place = url.difference_update_query(["password", "sslpassword"]).render_as_string(hide_password=True)
         self.location = url.render_as_string(hide_password=False)
         self.backups = DEFAULT_BACKUPS
-        # URL parameters reach the driver as they are; a missing one is filled in.
-        self._arguments = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_TIMEOUT_S}
+        self._arguments = {name: value for name, value in _DRIVER_DEFAULTS.items() if name not in url.query}
         try:
             self.engine = create_engine(
                 url,
@@ -69,18 +82,17 @@ class PostgresqlStorage:
                 # A connection from before the server's restart is replaced instead of failing its user.
                 pool_pre_ping=True,
             )
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             raise StoreError(
-                f"a store on PostgreSQL needs the driver {error.name}; pip install 'softcue[postgres]'"
+                f"a store on PostgreSQL needs the driver psycopg ({_first_line(error)}); pip install 'softcue[postgres]'"
             ) from error
-
         self.driver_error: type[Exception] = self.engine.dialect.loaded_dbapi.Error
 
     def connect(self) -> Any:
         """The driver's own connection, committing each statement by itself."""
-        address = self.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
         driver: Any = self.engine.dialect.loaded_dbapi
-        return driver.connect(address, autocommit=True, **self._arguments)
+        positional, named = self.engine.dialect.create_connect_args(self.engine.url)
+        return driver.connect(*positional, **named, **self._arguments, autocommit=True)
 
     def prepare(self, *, create: bool) -> None:
         """Nothing to make: the database is there or connecting fails."""
@@ -111,7 +123,9 @@ class PostgresqlStorage:
 
     def writing(self, connection: Connection) -> Connection:
         """Each statement of its next transaction sees what was committed before, so nothing is lost after the wait."""
-        return connection.execution_options(isolation_level="READ COMMITTED")
+        # None leaves it to the server: False, to which a returned connection is reset, would ask for more than the
+        # server's settings allow, and in words that a standby does not understand.
+        return connection.execution_options(isolation_level="READ COMMITTED", postgresql_readonly=None)
 
     def begin_write(self, connection: Connection) -> None:
         """Waits until no other transaction writes. A writer that sits idle meanwhile is thrown out by the server."""
@@ -135,9 +149,11 @@ class PostgresqlStorage:
         cause = error.orig if isinstance(error, DBAPIError) else error
         state = getattr(cause, "sqlstate", None)
         if state is None:
-            # No answer came: refused, unreachable, or cut in the middle.
-            lost = isinstance(cause, self.engine.dialect.loaded_dbapi.OperationalError)
-            return f"{_first_line(cause)}; check that the server runs and can be reached" if lost else None
+            fact = _first_line(cause)
+            remedy = next((remedy for words, remedy in _REFUSALS.items() if words in fact), None)
+            if remedy is None and isinstance(cause, self.engine.dialect.loaded_dbapi.OperationalError):
+                remedy = "check that the server runs and can be reached"
+            return f"{fact}; {remedy}" if remedy is not None else None
         if not state.startswith(_ENVIRONMENTAL):
             return None
         remedy = next((text for code, text in _REMEDIES.items() if state.startswith(code)), "check the server's log")
@@ -158,9 +174,10 @@ class PostgresqlWatch:
     def news(self) -> bool:
         """Whether anything may have been committed since the last call that was True."""
         with self._lock:
-            self._listen()
+            self._listen(0.0)
             now_s = time.monotonic()
-            changed, self._heard = self._heard or now_s - self._looked_at_s >= FALLBACK_POLL_S, False
+            changed = not self._closed and (self._heard or now_s - self._looked_at_s >= FALLBACK_POLL_S)
+            self._heard = False
             if changed:
                 self._looked_at_s = now_s
             return changed
@@ -174,13 +191,7 @@ class PostgresqlWatch:
         until_s = time.monotonic() + min(timeout_s, FALLBACK_POLL_S)
         while not self._closed and not self._heard and (left_s := until_s - time.monotonic()) > 0:
             with self._lock:
-                try:
-                    self._listen()
-                    for _ in self._connection.notifies(timeout=min(left_s, _SLICE_S), stop_after=1):
-                        self._heard = True
-                except Exception:
-                    self._drop()
-                    raise
+                self._listen(min(left_s, _SLICE_S))
 
     def close(self) -> None:
         """Ends a `wait` in another thread within a moment."""
@@ -188,12 +199,21 @@ class PostgresqlWatch:
         with self._lock:
             self._drop()
 
-    def _listen(self) -> None:
-        if self._connection is None and not self._closed:
-            self._connection = self._storage.connect()
-            self._connection.execute(f"LISTEN {CHANNEL}")
-            # What happened before was not heard.
-            self._heard = True
+    def _listen(self, timeout_s: float) -> None:
+        if self._closed:
+            return
+        try:
+            if self._connection is None:
+                self._connection = self._storage.connect()
+                self._connection.execute(f"LISTEN {CHANNEL}")
+                # What happened before was not heard.
+                self._heard = True
+            else:
+                for _ in self._connection.notifies(timeout=timeout_s, stop_after=1):
+                    self._heard = True
+        except BaseException:
+            self._drop()
+            raise
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

@@ -123,6 +123,8 @@ class SqliteWatch:
     def news(self) -> bool:
         """Whether anything was committed since the last call that was True; costs microseconds."""
         with self._lock:
+            if self._closing.is_set():
+                return False
             if self._connection is None:
                 self._connection = sqlite3.connect(
                     self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False

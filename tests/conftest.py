@@ -67,13 +67,25 @@ def postgresql_template(postgresql: Server) -> Iterator[str]:
     postgresql.drop(url)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Where an empty store lies: a file, and in another run of the same test a PostgreSQL database."""
-    if request.param == "sqlite":
-        yield str(tmp_path / "store" / "softcue.db")
-        return
-    server: Server = request.getfixturevalue("postgresql")
-    url = server.create(template=request.getfixturevalue("postgresql_template"))
+@pytest.fixture
+def postgresql_location(postgresql: Server, postgresql_template: str) -> Iterator[str]:
+    """The URL of a PostgreSQL database that holds an empty store."""
+    url = postgresql.create(template=postgresql_template)
     yield url
-    server.drop(url)
+    postgresql.drop(url)
+
+
+@pytest.fixture
+def empty_postgresql(postgresql: Server) -> Iterator[str]:
+    """The URL of a PostgreSQL database in which nothing is."""
+    url = postgresql.create()
+    yield url
+    postgresql.drop(url)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a store lies: a file to come, and in another run of the same test a PostgreSQL database."""
+    if request.param == "sqlite":
+        return str(tmp_path / "store" / "softcue.db")
+    return str(request.getfixturevalue("postgresql_location"))

@@ -1,10 +1,11 @@
 import sqlite3
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from prompt_store.database import Database
@@ -16,7 +17,7 @@ from tests.prompt_store.building import ANNA
 def test_opening_creates_the_folder_and_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "softcue.db"
     with Database.open(str(path)) as database:
-        assert database.path == path
+        assert database.location == str(path)
     assert path.exists()
 
 
@@ -25,14 +26,20 @@ def test_a_url_and_a_path_name_the_same_store(tmp_path: Path) -> None:
     with Database.open(path) as one:
         key = one.signing_key()
     with Database.open(f"sqlite:///{tmp_path / 'other.db'}") as other:
-        assert other.path == tmp_path / "other.db"
+        assert other.location == str(tmp_path / "other.db")
         assert other.signing_key() != key
     assert sorted(tmp_path.glob("*.db")) == [tmp_path / "other.db", path]
 
 
-@pytest.mark.parametrize("url", ["postgresql+psycopg://anna:secret@db/softcue", "mysql://db/softcue"])
+def test_a_location_opens_the_same_store_again(database: Database) -> None:
+    key = database.signing_key()
+    with Database.open(database.location, create=False) as again:
+        assert again.signing_key() == key
+
+
+@pytest.mark.parametrize("url", ["mysql://anna:secret@db/softcue", "mysql+pymysql://anna:secret@db/softcue"])
 def test_another_database_is_refused_without_showing_the_password(url: str) -> None:
-    with pytest.raises(NotYetSupported, match=r"softcue\[postgres\]") as caught:
+    with pytest.raises(NotYetSupported, match=r"a store on mysql is not supported; use a file path") as caught:
         Database.open(url)
     assert "secret" not in str(caught.value)
 
@@ -74,14 +81,17 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
         Database.open(tmp_path / "file" / "softcue.db")
 
 
-def test_every_connection_is_durable_and_checks_foreign_keys(database: Database) -> None:
-    for transaction in (database.read, database.write):
+def test_every_connection_to_a_sqlite_file_is_durable_and_patient(sqlite_database: Database) -> None:
+    for transaction in (sqlite_database.read, sqlite_database.write):
         with transaction() as connection:
             values = {
                 name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
                 for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
             }
         assert values == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
+
+
+def test_a_row_that_refers_to_none_is_refused(database: Database) -> None:
     with pytest.raises(IntegrityError), database.write() as connection:
         connection.exec_driver_sql("INSERT INTO version_tensors VALUES ('absent', 'soft_prompt', 'absent')")
 
@@ -109,45 +119,44 @@ def test_a_read_sees_one_state_while_others_write(database: Database) -> None:
         assert len(reader.execute(query).all()) == 1
 
 
-def test_a_write_that_waits_too_long_says_so(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prompt_store.database.BUSY_TIMEOUT_S", 0.0)
-    with (
-        Database.open(database.path) as impatient,
-        database.write(),
-        pytest.raises(StoreUnavailable, match="another process holds it"),
-        impatient.write(),
-    ):
+def test_a_write_sees_what_was_committed_while_it_waited(database: Database) -> None:
+    query = select(meta.c.value).where(meta.c.key == "count")
+    with database.write() as connection:
+        connection.execute(insert(meta).values(key="count", value=b"0"))
+
+    def add_one(_: int) -> None:
+        with database.write() as connection:
+            count = int(connection.execute(query).scalar_one())
+            connection.execute(update(meta).where(meta.c.key == "count").values(value=str(count + 1).encode()))
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(add_one, range(40)))
+    with database.read() as connection:
+        assert connection.execute(query).scalar_one() == b"40"
+
+
+def test_more_transactions_than_connections_are_refused_with_the_remedy(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database.storage.engine.pool, "_timeout", 0.01)
+    with ExitStack() as stack:
+
+        def use_them_all() -> None:
+            while True:
+                stack.enter_context(database.read())
+
+        with pytest.raises(StoreUnavailable, match=r"all its connections .* in use; try again"):
+            use_them_all()
+    with database.read():
         pass
 
 
-def test_data_version_changes_when_another_connection_commits(database: Database) -> None:
-    before = database.data_version()
-    assert database.data_version() == before
-    with database.read() as connection:
-        connection.execute(select(meta)).all()
-    assert database.data_version() == before
-    with database.write() as connection:
-        connection.execute(insert(meta).values(key="a", value=b"1"))
-    assert database.data_version() != before
-
-
-def test_data_version_may_be_asked_from_any_thread(database: Database) -> None:
-    answers: list[int] = [database.data_version()]
-    threads = [threading.Thread(target=lambda: answers.append(database.data_version())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(answers) == 5
-    assert len(set(answers)) == 1
-
-
-def test_the_signing_key_is_made_once_and_kept(tmp_path: Path) -> None:
-    with Database.open(tmp_path / "a.db") as database:
+def test_the_signing_key_is_made_once_and_kept(location: str, tmp_path: Path) -> None:
+    with Database.open(location) as database:
         key = database.signing_key()
         assert len(key) == 32
         assert database.signing_key() == key
-    with Database.open(tmp_path / "a.db") as again, Database.open(tmp_path / "b.db") as other:
+    with Database.open(location) as again, Database.open(tmp_path / "b.db") as other:
         assert again.signing_key() == key
         assert other.signing_key() != key
 
@@ -167,16 +176,17 @@ def test_times_come_back_in_utc_and_naive_ones_are_refused(database: Database) -
         connection.execute(insert(bases).values(**row, created_at=datetime(2026, 5, 1)))
 
 
-def test_a_database_damaged_while_open_is_reported_as_such(database: Database, tmp_path: Path) -> None:
-    with database.write() as connection:
+def test_a_file_damaged_while_open_is_reported_as_such(sqlite_database: Database) -> None:
+    with sqlite_database.write() as connection:
         connection.execute(insert(meta).values(key="big", value=bytes(200_000)))
-    database.close()
-    content = bytearray(database.path.read_bytes())
+    sqlite_database.close()
+    path = Path(sqlite_database.location)
+    content = bytearray(path.read_bytes())
     content[4096:] = b"\xaa" * (len(content) - 4096)
-    database.path.write_bytes(content)
+    path.write_bytes(content)
 
     def open_and_read() -> None:
-        with Database.open(database.path) as reopened, reopened.read() as connection:
+        with Database.open(path) as reopened, reopened.read() as connection:
             connection.execute(select(meta)).all()
 
     with pytest.raises(StoreUnavailable, match="restore a backup"):
