@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prompt_store.access import Principal
-from prompt_store.errors import Conflict, InvalidArtifact, StoreError, UnknownTask
+from prompt_store.errors import Conflict, InvalidArtifact, StoreError, UnknownTask, UnknownVersion
 from prompt_store.prompts.artifact import read_artifact, read_report
 from prompt_store.prompts.registry import NewVersion, Registry
 from prompt_store.prompts.task import Task, load_task
@@ -94,7 +94,11 @@ def _apply_if_absent(registry: Registry, task: Task, principal: Principal) -> bo
 
 
 def _has_revision(registry: Registry, task: Task) -> bool:
-    return task.digest in registry.snapshot().revisions
+    try:
+        registry.task_revision(task.digest)
+    except UnknownVersion:
+        return False
+    return True
 
 
 def _set_if_absent(registry: Registry, task: str, alias: str, version: str, folder: str, principal: Principal) -> bool:

@@ -9,7 +9,8 @@ StoreError                  every message gives the fact and the remedy
 ├── InvalidName             a task, alias, selector or model name outside the grammar
 ├── InvalidTask             a task document that contradicts itself
 ├── InvalidInputs           fields missing from, or unknown to, a task's template
-├── InvalidArtifact         damaged or unacceptable content: bytes, shape, dtype, NaN, report
+├── InvalidArtifact         unacceptable content: bytes, shape, dtype, NaN, report
+│   └── DamagedArtifact     stored bytes that are missing, or no longer what was published
 ├── BaseMismatch            a soft prompt that does not fit the base it names
 ├── InvalidRoute            a route document that contradicts itself
 ├── Conflict                what the store holds now does not allow it, as a lost compare-and-set; .current is that
@@ -89,6 +90,10 @@ class InvalidInputs(StoreError):
 
 
 class InvalidArtifact(StoreError):
+    pass
+
+
+class DamagedArtifact(InvalidArtifact):
     pass
 
 

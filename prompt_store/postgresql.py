@@ -194,10 +194,13 @@ class PostgresqlWatch:
                 self._listen(min(left_s, _SLICE_S))
 
     def close(self) -> None:
-        """Ends a `wait` in another thread within a moment."""
+        """Ends a `wait` in another thread within a moment; the connection is then closed by that thread."""
         self._closed = True
-        with self._lock:
-            self._drop()
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drop()
+            finally:
+                self._lock.release()
 
     def _listen(self, timeout_s: float) -> None:
         if self._closed:

@@ -4,7 +4,7 @@ Only `direct` is served today. The other kinds have their shape already, so that
 and are refused with NotYetSupported when applied. Executing a route is the service's business.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal, assert_never
@@ -17,6 +17,7 @@ from prompt_store.canonical import canonical_json
 from prompt_store.changes import record
 from prompt_store.errors import InvalidName, InvalidRoute, NotYetSupported, SchemaMismatch
 from prompt_store.names import check_task_name, parse_selector
+from prompt_store.prompts.unreadable import Unreadable
 from prompt_store.tables import route_revisions
 
 DEFAULT_BACKEND = "local"
@@ -206,12 +207,19 @@ def read_route_history(connection: Connection, task: str, *, newest_only: bool =
     return [_to_revision(row) for row in connection.execute(query.limit(1) if newest_only else query)]
 
 
-def read_routes(connection: Connection) -> dict[str, Route]:
-    """The route in force of every task that has one."""
+def read_routes(connection: Connection, tasks: Collection[str] | None = None) -> dict[str, Route | Unreadable]:
+    """The route in force of every task that has one, or of those among `tasks`."""
     newest = select(route_revisions.c.task, func.max(route_revisions.c.number)).group_by(route_revisions.c.task)
+    if tasks is not None:
+        newest = newest.where(route_revisions.c.task.in_(tasks))
     key = tuple_(route_revisions.c.task, route_revisions.c.number)
-    rows = connection.execute(select(route_revisions).where(key.in_(newest)))
-    return {row.task: _to_revision(row).route for row in rows}
+    found: dict[str, Route | Unreadable] = {}
+    for row in connection.execute(select(route_revisions).where(key.in_(newest))):
+        try:
+            found[row.task] = _to_revision(row).route
+        except SchemaMismatch as error:
+            found[row.task] = Unreadable(str(error))
+    return found
 
 
 def _to_revision(row: Row[tuple[object, ...]]) -> RouteRevision:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prompt_store.access import command_line_principal
-from prompt_store.errors import BaseMismatch, InvalidArtifact, StoreError
+from prompt_store.errors import BaseMismatch, InvalidArtifact, StoreError, UnknownTask
 from prompt_store.names import RemoteModel, parse_model_name
+from prompt_store.prompts.unreadable import Unreadable, UnreadableVersion
 
 if TYPE_CHECKING:
-    from prompt_store.prompts.registry import Published, Registry, StoreSnapshot
+    from prompt_store.prompts.registry import Published, Registry, StoreSnapshot, TaskSnapshot
     from prompt_store.prompts.version import PromptVersion
 
 DEFAULT_STORE = ".softcue/softcue.db"
@@ -47,12 +49,10 @@ def list_versions(
     """List versions, newest first, with the aliases that point at them."""
     with _opened(store) as registry:
         snapshot = registry.snapshot()
-        names = [registry.task(task).task.name] if task is not None else sorted(snapshot.tasks)
-        found = [
-            snapshot.versions[snapshot.numbers[name][number]]
-            for name in names
-            for number in sorted(snapshot.numbers[name], reverse=True)
-        ]
+        if task is not None and task not in snapshot.tasks:
+            raise UnknownTask(task, snapshot.tasks)
+        names = [task] if task is not None else sorted(snapshot.tasks)
+        found = [version for name in names for version in reversed([*snapshot.tasks[name].versions.values()])]
         if as_json:
             _print_json([_version_document(version, snapshot) for version in found])
             return
@@ -60,12 +60,14 @@ def list_versions(
             (
                 version.task,
                 version.label,
-                ", ".join(_aliases_of(version, snapshot)),
-                version.payload.kind,
-                _base_name(version, snapshot),
+                ", ".join(snapshot.tasks[version.task].aliases_of(version.digest)),
+                version.kind if isinstance(version, UnreadableVersion) else version.payload.kind,
+                "" if isinstance(version, Unreadable) else _base_name(version, snapshot),
                 version.digest[:8],
                 f"{version.created_at:%Y-%m-%d %H:%M}",
-                version.notes,
+                "unreadable: another release wrote it, or it is damaged"
+                if isinstance(version, Unreadable)
+                else version.notes,
             )
             for version in found
         ]
@@ -96,7 +98,9 @@ def show(
                 "versions": len(registry.versions(model.task)),
             }
         else:
-            document = _version_document(registry.version(model.task, model.selector), registry.snapshot())
+            version = registry.version(model.task, model.selector)
+            evidence = registry.evidence(version.digest)
+            document = {**_version_document(version, registry.snapshot()), **asdict(evidence)}
             if not as_json and document["report"]:
                 # What decides; --json has the rest: samples, mistakes, the history of the training.
                 brief = {key: document["report"][key] for key in _BRIEF_REPORT if key in document["report"]}
@@ -108,39 +112,20 @@ def show(
 def tasks(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """List tasks."""
     with _opened(store) as registry:
-        snapshot = registry.snapshot()
+        known = [task for _, task in sorted(registry.snapshot().tasks.items())]
         if as_json:
-            _print_json(
-                [
-                    {
-                        "name": name,
-                        "kind": revision.task.kind,
-                        "revision": revision.number,
-                        "digest": revision.digest,
-                        "versions": len(snapshot.numbers[name]),
-                        "aliases": {
-                            alias: snapshot.versions[digest].label
-                            for alias, digest in sorted(snapshot.aliases[name].items())
-                        },
-                        "description": revision.task.description,
-                    }
-                    for name, revision in sorted(snapshot.tasks.items())
-                ]
-            )
+            _print_json([_task_document(task) for task in known])
             return
         rows = [
             (
-                name,
-                revision.task.kind,
-                f"r{revision.number}",
-                str(len(snapshot.numbers[name])),
-                ", ".join(
-                    f"{alias}={snapshot.versions[digest].label}"
-                    for alias, digest in sorted(snapshot.aliases[name].items())
-                ),
-                revision.task.description,
+                task.name,
+                "unreadable" if isinstance(task.revision, Unreadable) else task.revision.task.kind,
+                "" if isinstance(task.revision, Unreadable) else f"r{task.revision.number}",
+                str(len(task.versions)),
+                ", ".join(f"{alias}={label}" for alias, label in _alias_labels(task).items()),
+                task.revision.reason if isinstance(task.revision, Unreadable) else task.revision.task.description,
             )
-            for name, revision in sorted(snapshot.tasks.items())
+            for task in known
         ]
         _print_table(("task", "kind", "revision", "versions", "aliases", "description"), rows)
 
@@ -314,8 +299,6 @@ def load(
     as_json: JsonOption = False,
 ) -> None:
     """Load a folder of tasks and tuned prompts, leaving alone what the store already has."""
-    from dataclasses import asdict
-
     from prompt_store.bundle import load_bundle
 
     with _opened(store, create=True) as registry:
@@ -353,7 +336,9 @@ def _opened(store: str, *, create: bool = False) -> Iterator[Registry]:
 def _print_published(what: str, published: Published, alias: str | None, registry: Registry, as_json: bool) -> None:
     version = published.version
     if as_json:
-        _print_json({**_version_document(version, registry.snapshot()), "created": published.created})
+        evidence = registry.evidence(version.digest)
+        document = {**_version_document(version, registry.snapshot()), **asdict(evidence)}
+        _print_json({**document, "created": published.created})
         return
     fact = "published as" if published.created else "is already"
     typer.echo(f"{what} {fact} {version.task}@{version.label} ({version.digest[:12]})")
@@ -361,8 +346,23 @@ def _print_published(what: str, published: Published, alias: str | None, registr
         typer.echo(f"{version.task}@{alias} is {version.label}")
 
 
-def _aliases_of(version: PromptVersion, snapshot: StoreSnapshot) -> list[str]:
-    return sorted(name for name, digest in snapshot.aliases[version.task].items() if digest == version.digest)
+def _alias_labels(task: TaskSnapshot) -> dict[str, str]:
+    return {alias: task.versions[digest].label for alias, digest in sorted(task.aliases.items())}
+
+
+def _task_document(task: TaskSnapshot) -> dict[str, Any]:
+    revision = task.revision
+    document: dict[str, Any] = {"name": task.name}
+    if isinstance(revision, Unreadable):
+        document["unreadable"] = revision.reason
+    else:
+        document |= {
+            "kind": revision.task.kind,
+            "revision": revision.number,
+            "digest": revision.digest,
+            "description": revision.task.description,
+        }
+    return {**document, "versions": len(task.versions), "aliases": _alias_labels(task)}
 
 
 def _base_name(version: PromptVersion, snapshot: StoreSnapshot) -> str:
@@ -370,9 +370,14 @@ def _base_name(version: PromptVersion, snapshot: StoreSnapshot) -> str:
     return base.name if base is not None else ""
 
 
-def _version_document(version: PromptVersion, snapshot: StoreSnapshot) -> dict[str, Any]:
-    document = version.model_dump(mode="json")
-    return {"version": version.label, "aliases": _aliases_of(version, snapshot), **document}
+def _version_document(version: PromptVersion | UnreadableVersion, snapshot: StoreSnapshot) -> dict[str, Any]:
+    aliases = snapshot.tasks[version.task].aliases_of(version.digest)
+    document = (
+        {**asdict(version), "created_at": version.created_at.isoformat()}
+        if isinstance(version, Unreadable)
+        else version.model_dump(mode="json")
+    )
+    return {"version": version.label, "aliases": aliases, **document}
 
 
 def _print_json(value: Any) -> None:

@@ -1,16 +1,43 @@
-"""Finding versions by selector, and reading their tensors."""
+"""Finding versions by selector, and reading what a row holds: the version, its evidence, its tensors."""
 
 import json
+from dataclasses import dataclass
+from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import Connection, Row, Select, select
 
-from prompt_store.errors import InvalidArtifact, InvalidName, SchemaMismatch, UnknownAlias, UnknownVersion
+from prompt_store.errors import (
+    DamagedArtifact,
+    InvalidArtifact,
+    InvalidName,
+    SchemaMismatch,
+    UnknownAlias,
+    UnknownVersion,
+)
 from prompt_store.names import AliasSelector, DigestSelector, NumberSelector, Selector, parse_selector
+from prompt_store.prompts import prefix, soft_prompt
+from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.revisions import require_task
 from prompt_store.prompts.soft_prompt import SoftPrompt, tensor_digest
-from prompt_store.prompts.version import PAYLOAD, PromptVersion, Provenance, SoftPromptPayload
+from prompt_store.prompts.unreadable import UnreadableVersion
+from prompt_store.prompts.version import PAYLOAD, PrefixPayload, PromptVersion, Provenance, SoftPromptPayload
 from prompt_store.tables import aliases, tensors, version_tensors, versions
+
+# Reports and recipes are large, and nobody who looks a version up needs them.
+_EVIDENCE = ("report", "recipe")
+_COLUMNS = [column for column in versions.c if column.name not in _EVIDENCE]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a version's publisher laid beside it: how it was judged and how it was made, None where neither is known."""
+
+    report: dict[str, Any] | None
+    recipe: dict[str, Any] | None
+
+
+_REPAIR = "restore the store from a backup, or publish the same prompt again"
 
 
 def find_version(connection: Connection, task: str, selector: str) -> PromptVersion:
@@ -23,48 +50,94 @@ def find_digest(connection: Connection, task: str, selector: str) -> str:
     return str(_find_row(connection, task, parse_selector(selector), selector).digest)
 
 
-def task_versions(connection: Connection, task: str) -> list[PromptVersion]:
+def task_versions(connection: Connection, task: str) -> list[PromptVersion | UnreadableVersion]:
     """Every version of a task, newest first. Raises UnknownTask."""
     require_task(connection, task)
-    rows = connection.execute(select(versions).where(versions.c.task == task).order_by(versions.c.number.desc()))
-    return [to_version(row) for row in rows]
+    rows = connection.execute(select_versions().where(versions.c.task == task).order_by(versions.c.number.desc()))
+    return [read_row(row) for row in rows]
 
 
 def read_version(connection: Connection, digest: str) -> PromptVersion:
     """The version of that full digest, whichever task it belongs to. Raises UnknownVersion."""
-    row = connection.execute(select(versions).where(versions.c.digest == digest)).one_or_none()
+    row = connection.execute(select_versions().where(versions.c.digest == digest)).one_or_none()
     if row is None:
         raise UnknownVersion(digest)
     return to_version(row)
 
 
+def read_evidence(connection: Connection, version: str) -> Evidence:
+    """The evidence of a version given by full digest. Raises UnknownVersion, or SchemaMismatch for what is no JSON."""
+    row = connection.execute(
+        select(versions.c.report, versions.c.recipe).where(versions.c.digest == version)
+    ).one_or_none()
+    if row is None:
+        raise UnknownVersion(version)
+    try:
+        return Evidence(*(json.loads(text) if text is not None else None for text in row))
+    except ValueError as error:
+        raise SchemaMismatch(
+            f"the report or recipe of version {version[:12]} is damaged and cannot be read; restore a backup"
+        ) from error
+
+
 def read_soft_prompt(connection: Connection, version: str) -> SoftPrompt:
+    """As `read_prompt`, for those who take nothing but a soft prompt. Raises InvalidArtifact for a prefix."""
+    prompt = read_prompt(connection, version)
+    if not isinstance(prompt, SoftPrompt):
+        raise InvalidArtifact(f"version {version[:12]} holds a prefix payload, not a soft prompt; serve it so")
+    return prompt
+
+
+def read_prompt(connection: Connection, version: str) -> SoftPrompt | Prefix:
     """The tensor of a version given by full digest, hashed again on the way.
 
-    Raises UnknownVersion, or InvalidArtifact when the version holds no soft prompt or its bytes are damaged.
+    Raises UnknownVersion, InvalidArtifact when the version holds neither soft prompt nor prefix, or DamagedArtifact
+    when its bytes are missing or no longer those that were published.
     """
     payload = read_version(connection, version).payload
-    if not isinstance(payload, SoftPromptPayload):
-        raise InvalidArtifact(f"version {version[:12]} holds a {payload.kind} payload, not a soft prompt; serve it so")
+    match payload:
+        case SoftPromptPayload():
+            name, digest = soft_prompt.TENSOR_NAME, payload.tensor_digest
+        case PrefixPayload(tensors={prefix.TENSOR_NAME: digest}):
+            name = prefix.TENSOR_NAME
+        case _:
+            raise InvalidArtifact(
+                f"version {version[:12]} holds a {payload.kind} payload, not a soft prompt or prefix; serve it so"
+            )
     row = connection.execute(
         select(tensors)
         .join(version_tensors, version_tensors.c.tensor == tensors.c.digest)
-        .where(version_tensors.c.version == version, version_tensors.c.name == "soft_prompt")
+        .where(version_tensors.c.version == version, version_tensors.c.name == name)
     ).one_or_none()
-    if row is None or row.digest != payload.tensor_digest:
-        raise InvalidArtifact(f"the tensor of version {version[:12]} is missing; restore the store from a backup")
-    # Judged by the payload's shape and dtype, so that neither those columns nor the bytes can be wrong unnoticed.
+    if row is None or row.digest != digest:
+        raise DamagedArtifact(f"the tensor of version {version[:12]} is missing; {_REPAIR}")
+    # A soft prompt is judged by its payload's shape and dtype; a prefix's payload has only the length, so its row's
+    # shape is hashed too. Neither those columns nor the bytes can be wrong unnoticed.
+    shape = payload.shape if isinstance(payload, SoftPromptPayload) else _prefix_shape(row.shape)
     data = bytes(row.data)
-    if tensor_digest(payload.dtype, payload.shape, data) != payload.tensor_digest:
-        raise InvalidArtifact(
-            f"the tensor of version {version[:12]} is damaged on disk (its bytes no longer have digest "
-            f"{payload.tensor_digest[:12]}); restore the store from a backup or publish the prompt again elsewhere"
+    if shape is None or tensor_digest(payload.dtype, shape, data) != digest:
+        raise DamagedArtifact(
+            f"the tensor of version {version[:12]} is damaged on disk (its bytes no longer have digest {digest[:12]}); "
+            f"{_REPAIR}"
         )
-    return SoftPrompt(payload.dtype, payload.shape, data)
+    return Prefix(payload.dtype, shape, data) if len(shape) == 5 else SoftPrompt(payload.dtype, shape, data)
 
 
-def to_version(row: Row[tuple[object, ...]]) -> PromptVersion:
-    """Raises SchemaMismatch for a payload or provenance that this code cannot read."""
+def select_versions() -> Select[Any]:
+    """The columns that `to_version` reads."""
+    return select(*_COLUMNS)
+
+
+def read_row(row: Row[Any]) -> PromptVersion | UnreadableVersion:
+    """A row of `select_versions`, whether or not this code can read all of it."""
+    try:
+        return to_version(row)
+    except SchemaMismatch as error:
+        return UnreadableVersion(str(error), row.task, row.number, row.digest, row.kind, row.created_at)
+
+
+def to_version(row: Row[Any]) -> PromptVersion:
+    """A row of `select_versions`. Raises SchemaMismatch for a payload or provenance that this code cannot read."""
     try:
         return PromptVersion(
             task=row.task,
@@ -73,23 +146,41 @@ def to_version(row: Row[tuple[object, ...]]) -> PromptVersion:
             task_revision=row.task_revision,
             payload=PAYLOAD.validate_json(row.payload),
             provenance=Provenance.model_validate_json(row.provenance),
-            report=json.loads(row.report) if row.report is not None else None,
             notes=row.notes,
             tags=tuple(json.loads(row.tags)),
             created_at=row.created_at,
             principal=row.principal,
             author=row.author,
         )
-    except (ValidationError, ValueError) as error:
+    except (ValidationError, ValueError, TypeError) as error:
         raise SchemaMismatch(
-            f"version v{row.number} of task {row.task!r} was written by another release of Softcue, or is damaged, and "
-            "cannot be read; upgrade Softcue or restore a backup"
+            f"version v{row.number} of task {row.task!r} (of kind {row.kind!r}) was written by "
+            f"{_release_of(row.provenance)}, or is damaged, and cannot be read; upgrade Softcue or restore a backup"
         ) from error
 
 
-def _find_row(connection: Connection, task: str, selector: Selector, text: str) -> Row[tuple[object, ...]]:
+def _release_of(provenance: str) -> str:
+    """The release that a version's provenance names, as far as it can be read."""
+    try:
+        release = json.loads(provenance).get("code_version")
+    except (ValueError, AttributeError):
+        release = None
+    return f"Softcue {release}" if isinstance(release, str) else "another release of Softcue"
+
+
+def _prefix_shape(text: str) -> tuple[int, int, int, int, int] | None:
+    """[L, 2, KV heads, P, D] from its column; None for anything else."""
+    try:
+        layers, two, heads, length, width = json.loads(text)
+    except (ValueError, TypeError):
+        return None
+    shape = (layers, two, heads, length, width)
+    return shape if all(type(size) is int for size in shape) else None
+
+
+def _find_row(connection: Connection, task: str, selector: Selector, text: str) -> Row[Any]:
     require_task(connection, task)
-    query = select(versions).where(versions.c.task == task)
+    query = select_versions().where(versions.c.task == task)
     match selector:
         case NumberSelector(number):
             query = query.where(versions.c.number == number)

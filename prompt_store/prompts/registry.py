@@ -15,11 +15,14 @@ from prompt_store.names import AliasSelector, parse_selector
 from prompt_store.prompts import aliases, bases, deleting, lookup, publishing, revisions
 from prompt_store.prompts.aliases import UNSET, Alias, AliasMove, Unset
 from prompt_store.prompts.bases import CarriedBase
+from prompt_store.prompts.lookup import Evidence
+from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.publishing import NewVersion, Published
 from prompt_store.prompts.revisions import TaskRevision
-from prompt_store.prompts.snapshot import StoreSnapshot, read_snapshot
+from prompt_store.prompts.snapshot import StoreSnapshot, TaskSnapshot, read_snapshot
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Task
+from prompt_store.prompts.unreadable import UnreadableVersion
 from prompt_store.prompts.version import BaseDescription, PromptVersion
 from prompt_store.routes import DirectRoute, Route, RouteRevision
 from prompt_store.upkeep import collecting
@@ -33,11 +36,13 @@ __all__ = [
     "Change",
     "ChangeWatcher",
     "Collection",
+    "Evidence",
     "NewVersion",
     "Published",
     "Registry",
     "StoreSnapshot",
     "TaskRevision",
+    "TaskSnapshot",
     "Unset",
 ]
 
@@ -111,13 +116,26 @@ class Registry:
         with self.database.read() as connection:
             return lookup.find_version(connection, task, selector)
 
-    def versions(self, task: str) -> list[PromptVersion]:
+    def versions(self, task: str) -> list[PromptVersion | UnreadableVersion]:
         """Newest first."""
         with self.database.read() as connection:
             return lookup.task_versions(connection, task)
 
+    def evidence(self, version: str) -> Evidence:
+        """Report and recipe of the version with this full digest. Raises UnknownVersion."""
+        with self.database.read() as connection:
+            return lookup.read_evidence(connection, version)
+
+    def prompt(self, version: str) -> SoftPrompt | Prefix:
+        """The tensor of the version with this full digest, hashed again.
+
+        Raises UnknownVersion, InvalidArtifact where it holds none, DamagedArtifact.
+        """
+        with self.database.read() as connection:
+            return lookup.read_prompt(connection, version)
+
     def soft_prompt(self, version: str) -> SoftPrompt:
-        """The tensor of the version with this full digest, hashed again. Raises UnknownVersion or InvalidArtifact."""
+        """As `prompt`. Raises InvalidArtifact where the version holds no soft prompt."""
         with self.database.read() as connection:
             return lookup.read_soft_prompt(connection, version)
 
@@ -190,10 +208,10 @@ class Registry:
         """Make it before the first `snapshot`."""
         return ChangeWatcher(self.database)
 
-    def snapshot(self) -> StoreSnapshot:
-        """Everything but tensor bytes, as of one moment."""
+    def snapshot(self, previous: StoreSnapshot | None = None) -> StoreSnapshot:
+        """Everything but tensor bytes and evidence, as of one moment; only what changed since `previous` is read."""
         with self.database.read() as connection:
-            return read_snapshot(connection)
+            return read_snapshot(connection, previous)
 
     def rollback_alias(
         self, task: str, alias: str, *, expected: str | Unset | None = UNSET, reason: str, principal: Principal

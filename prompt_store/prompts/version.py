@@ -146,7 +146,10 @@ class Provenance(BaseModel):
 
 
 class PromptVersion(BaseModel):
-    """One published version. `digest` names the content; number, report, notes and the rest are rows beside it."""
+    """One published version. `digest` names the content; number, notes and the rest are rows beside it.
+
+    Its report and recipe stay in the store until `Registry.evidence` asks for them.
+    """
 
     model_config = _FROZEN
 
@@ -156,7 +159,6 @@ class PromptVersion(BaseModel):
     task_revision: str
     payload: Payload
     provenance: Provenance
-    report: dict[str, Any] | None
     notes: str
     tags: tuple[str, ...]
     created_at: datetime

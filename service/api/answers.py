@@ -42,6 +42,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     store.InvalidTask: (400, INVALID, "invalid_task"),
     store.InvalidInputs: (400, INVALID, "invalid_inputs"),
     store.InvalidArtifact: (400, INVALID, "invalid_artifact"),
+    store.DamagedArtifact: (503, UNAVAILABLE, "damaged_version"),
     store.BaseMismatch: (400, INVALID, "base_mismatch"),
     store.InvalidRoute: (400, INVALID, "invalid_route"),
     store.Conflict: (409, INVALID, "conflict"),

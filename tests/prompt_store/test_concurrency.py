@@ -109,12 +109,13 @@ def test_a_reader_never_sees_half_a_version(registry: Registry, children: ForkSe
         over = done.is_set() or writer.exitcode is not None
         snapshot = registry.snapshot()
         seen.append(snapshot.sequence)
-        versions = list(snapshot.numbers["large"].values())
+        large = snapshot.tasks["large"]
+        versions = list(large.versions)
         # A version and the alias that it was published under appear together.
-        assert snapshot.aliases["large"].get("candidate") == (versions[-1] if versions else None)
-        assert list(snapshot.numbers["large"]) == list(range(1, len(versions) + 1))
+        assert large.aliases.get("candidate") == (versions[-1] if versions else None)
+        assert list(large.numbers) == list(range(1, len(versions) + 1))
         for digest in set(versions) - checked:
-            number = snapshot.versions[digest].number
+            number = large.versions[digest].number
             assert registry.soft_prompt(digest) == prompt(number - 1, length=256, hidden_size=1024)
             checked.add(digest)
     finished([writer])

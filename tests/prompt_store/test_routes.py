@@ -31,7 +31,7 @@ def test_applying_a_route_keeps_the_earlier_ones(registry: Registry) -> None:
     ]
     assert registry.route("support_intents") == second
     assert [revision.route for revision in registry.route_history("support_intents")] == [second, first]
-    assert registry.snapshot().routes == {"support_intents": second}
+    assert registry.snapshot().tasks["support_intents"].route == second
     assert [change.kind for change in registry.changes_since(2)] == ["route", "route"]
 
 

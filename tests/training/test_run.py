@@ -66,12 +66,13 @@ def test_a_run_trains_evaluates_and_publishes_a_candidate(
     assert end.published.version == version
     assert version.provenance.recipe_hash == load_recipe(tmp_path / "r" / "recipe.toml").hash
     assert [(use.name, use.rows) for use in version.provenance.datasets] == [("train.jsonl", 22), ("test.jsonl", 6)]
-    assert version.report is not None
-    assert version.report["test_metrics"]["soft prompt"] == end.evaluations["soft prompt"].metrics
+    report = registry.evidence(version.digest).report
+    assert report is not None
+    assert report["test_metrics"]["soft prompt"] == end.evaluations["soft prompt"].metrics
     artifact = read_artifact(end.prompt_file)
     assert artifact.prompt == registry.soft_prompt(version.digest)
     assert artifact.base_fingerprint == started.base.fingerprint
-    assert json.loads(end.report_file.read_text()) == version.report
+    assert json.loads(end.report_file.read_text()) == report
     assert "| soft prompt |" in end.report_file.with_suffix(".md").read_text()
 
 

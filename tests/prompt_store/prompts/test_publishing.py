@@ -6,13 +6,14 @@ from sqlalchemy import delete, event, update
 
 from prompt_store.errors import (
     BaseMismatch,
+    DamagedArtifact,
     InvalidArtifact,
     InvalidName,
     StoreError,
     UnknownBase,
     UnknownVersion,
 )
-from prompt_store.prompts.registry import NewVersion, Registry
+from prompt_store.prompts.registry import Evidence, NewVersion, Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.template import Message
 from prompt_store.prompts.version import (
@@ -50,7 +51,8 @@ def test_a_published_soft_prompt_reads_back_exactly(registry: Registry) -> None:
         tensor_digest=prompt().digest, dtype="F32", shape=(4, 16), base_fingerprint=BASE.fingerprint
     )
     assert version.task_revision == task().digest
-    assert (version.provenance, version.report, version.notes) == (provenance, {"accuracy": 0.9}, "n")
+    assert (version.provenance, version.notes) == (provenance, "n")
+    assert registry.evidence(version.digest) == Evidence({"accuracy": 0.9}, None)
     assert version.tags == ("b", "a")
     assert registry.soft_prompt(version.digest) == prompt()
 
@@ -215,7 +217,7 @@ def test_a_lost_tensor_is_said_and_an_unknown_version_too(registry: Registry) ->
     version = publish(registry).version
     with registry.database.write() as connection:
         connection.exec_driver_sql("DELETE FROM version_tensors")
-    with pytest.raises(InvalidArtifact, match="is missing"):
+    with pytest.raises(DamagedArtifact, match="is missing"):
         registry.soft_prompt(version.digest)
     with pytest.raises(UnknownVersion):
         registry.soft_prompt(A)

@@ -15,7 +15,7 @@ from prompt_store.errors import (
     UnknownTask,
     UnknownVersion,
 )
-from prompt_store.prompts.registry import Registry
+from prompt_store.prompts.registry import Registry, TaskSnapshot
 from prompt_store.prompts.task import parse_task
 from prompt_store.routes import DirectRoute
 from prompt_store.tables import versions
@@ -165,21 +165,25 @@ def test_a_snapshot_holds_everything_but_the_bytes(registry: Registry) -> None:
     registry.apply_task(task("bare"), ANNA)
     snapshot = registry.snapshot()
     assert snapshot.sequence == len(registry.changes_since(0)) == 8
-    assert snapshot.tasks["support_intents"] == new
-    assert snapshot.revisions == {revision.digest: revision for revision in (old, new, registry.task("bare"))}
-    assert snapshot.versions == {first.digest: first, second.digest: second}
-    assert snapshot.numbers == {"support_intents": {1: first.digest, 2: second.digest}, "bare": {}}
-    assert snapshot.aliases == {
-        "support_intents": {"production": first.digest, "candidate": second.digest},
-        "bare": {},
+    bare = registry.task("bare")
+    assert snapshot.tasks == {
+        "support_intents": TaskSnapshot(
+            name="support_intents",
+            revision=new,
+            revisions={old.digest: old, new.digest: new},
+            versions={first.digest: first, second.digest: second},
+            numbers={1: first.digest, 2: second.digest},
+            aliases={"production": first.digest, "candidate": second.digest},
+            route=DirectRoute(),
+        ),
+        "bare": TaskSnapshot("bare", bare, {bare.digest: bare}, {}, {}, {}, DirectRoute()),
     }
-    assert snapshot.routes == {"support_intents": DirectRoute(), "bare": DirectRoute()}
     assert snapshot.bases == {BASE.fingerprint: BASE}
 
 
 def test_an_empty_store_has_an_empty_snapshot(empty_registry: Registry) -> None:
     snapshot = empty_registry.snapshot()
-    assert (snapshot.sequence, dict(snapshot.tasks), dict(snapshot.versions)) == (0, {}, {})
+    assert (snapshot.sequence, dict(snapshot.tasks), dict(snapshot.bases)) == (0, {}, {})
 
 
 def test_rows_are_stamped_with_the_given_clock_and_principal(registry: Registry) -> None:
