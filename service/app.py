@@ -29,7 +29,7 @@ from service.api.answers import (
     require_json,
 )
 from service.api.openai import OpenAIController
-from service.api.operations import live, ready, scrape
+from service.api.operations import live, ready, ready_for_writes, scrape
 from service.api.tasks import TaskController
 from service.catalog import Catalog
 from service.engines.base import Engine
@@ -59,7 +59,7 @@ def create_app(
     Raises EngineError and StoreError for a base model or a store that cannot be used.
     """
     base = open_base_model(settings.base.path, name=settings.base.name)
-    database = Database.open(settings.store.url)
+    database = Database.open(settings.store.url, backups=settings.store.backups)
     registry = Registry(database)
     registry.register_base(base.describe(), _SERVICE)
     if settings.store.seed is not None:
@@ -79,9 +79,13 @@ def create_app(
         base_name=base.name,
         base_fingerprint=base.fingerprint,
         poll_s=settings.store.poll_s,
+        fall_back_when_damaged=settings.store.fall_back_when_damaged,
         on_refresh=metrics.store_sequence.set,
         on_failure=metrics.catalog_failures.inc,
     )
+    metrics.store_reachable.set_function(lambda: catalog.store_reachable)
+    metrics.damaged_versions.set_function(lambda: catalog.damage.versions)
+    metrics.aliases_fallen_back.set_function(lambda: catalog.damage.fallen_back)
     router = Router(catalog, engines, metrics, database.signing_key())
 
     async def run() -> None:
@@ -102,6 +106,7 @@ def create_app(
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+            catalog.close()
             await drain()
             await asyncio.to_thread(database.close)
 
@@ -111,7 +116,7 @@ def create_app(
 
     return Litestar(
         state=State({"drain": drain}),
-        route_handlers=[OpenAIController, TaskController, live, ready, scrape],
+        route_handlers=[OpenAIController, TaskController, live, ready, ready_for_writes, scrape],
         dependencies={
             "catalog": Provide(lambda: catalog, sync_to_thread=False),
             "router": Provide(lambda: router, sync_to_thread=False),

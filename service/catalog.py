@@ -1,34 +1,54 @@
-"""What is served right now: a snapshot of the store that follows its change log and is swapped as one reference.
+"""What is served right now: a snapshot of the store that follows its changes and is swapped as one reference.
 
-Answers every request from memory; the store is read in a thread. A publish is warmed before it is swapped in, so that
-no request pays for it. Requests in flight keep the snapshot that they started with.
+Answers every request from memory; the store is read in a thread of the catalog's own. A publish is warmed before it is
+swapped in, so that no request pays for it. Requests in flight keep the snapshot that they started with.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
 
 from prompt_store.database import Database
-from prompt_store.errors import StoreError, UnknownAlias, UnknownTask, UnknownVersion
+from prompt_store.errors import (
+    DamagedArtifact,
+    NotYetSupported,
+    SchemaMismatch,
+    StoreError,
+    StoreUnavailable,
+    UnknownAlias,
+    UnknownTask,
+    UnknownVersion,
+)
 from prompt_store.names import (
     AliasSelector,
     DigestSelector,
     NumberSelector,
     RemoteModel,
+    Selector,
     parse_model_name,
     parse_selector,
 )
-from prompt_store.prompts.registry import ChangeWatcher, Registry, StoreSnapshot, TaskRevision
-from prompt_store.prompts.version import EnsemblePayload, PromptVersion, SoftPromptPayload
-from prompt_store.routes import DEFAULT_BACKEND, DirectRoute
+from prompt_store.prompts.registry import ChangeWatcher, Evidence, Registry, StoreSnapshot, TaskRevision, TaskSnapshot
+from prompt_store.prompts.unreadable import Unreadable, readable
+from prompt_store.prompts.version import Payload, PrefixPayload, PromptVersion, SoftPromptPayload
+from prompt_store.routes import DEFAULT_BACKEND, DirectRoute, Route
+from service.damage import Damage
 from service.engines.base import Engine, SoftPromptReference
 from service.engines.errors import EngineError, EngineUnavailable
 from service.routing.errors import NotServed
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_CACHED_NAMES = 4096
+_LONGEST_WAIT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +63,6 @@ class Target:
     def label(self) -> str:
         """`task@v7`, or empty for the bare base."""
         return f"{self.version.task}@{self.version.label}" if self.version is not None else ""
-
-
-def members(version: PromptVersion, snapshot: StoreSnapshot) -> tuple[PromptVersion, ...]:
-    """The versions that answer for a version: those of an ensemble, else itself."""
-    if isinstance(version.payload, EnsemblePayload):
-        return tuple(snapshot.versions[digest] for digest in version.payload.members)
-    return (version,)
 
 
 class Catalog:
@@ -67,20 +80,23 @@ class Catalog:
         base_name: str,
         base_fingerprint: str,
         poll_s: float,
+        fall_back_when_damaged: bool = False,
         on_refresh: Callable[[int], object],
         on_failure: Callable[[], object],
     ) -> None:
+        self._database = database
         self._registry = registry
-        self._watcher = ChangeWatcher(database)
+        self._watcher = ChangeWatcher(database, poll_s)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="softcue-catalog")
         self._engine = engine
         self.base_name = base_name
         self._base_fingerprint = base_fingerprint
         self._poll_s = poll_s
         self._on_refresh = on_refresh
         self._on_failure = on_failure
+        self.damage = Damage(registry, fall_back=fall_back_when_damaged)
         self._warmed: set[str] = set()
         self._snapshot: StoreSnapshot | None = None
-        self._by_task: dict[str, tuple[PromptVersion, ...]] = {}
 
     @property
     def snapshot(self) -> StoreSnapshot:
@@ -93,137 +109,201 @@ class Catalog:
     def loaded(self) -> bool:
         return self._snapshot is not None
 
+    @property
+    def store_reachable(self) -> bool:
+        """Whether the store answered when it was last asked."""
+        return self._database.healthy
+
     async def load(self) -> None:
         """Read the store for the first time, and warm what aliases point at. Raises StoreError."""
-        await asyncio.to_thread(self._watcher.poll)
+        await self._in_thread(self._watcher.poll)
         await self._refresh()
 
     async def follow(self) -> None:
-        """Poll the store until cancelled. While it cannot be read, the last snapshot keeps serving."""
+        """Follow the store until cancelled. While it cannot be read, the last snapshot keeps serving."""
         failing = False
         pending = False
         while True:
-            await asyncio.sleep(self._poll_s)
             try:
-                changed = await asyncio.to_thread(self._watcher.poll)
-                if changed or pending:
+                changed = await self._in_thread(self._watcher.wait, self._poll_s if pending else _LONGEST_WAIT_S)
+                if changed or pending or self.damage.noticed:
                     pending = True
                     pending = not await self._refresh()
                 if failing:
                     log.warning("the store can be read again")
                     failing = False
-            except StoreError as error:
+            except Exception as error:  # whatever it is, what is known can still be served
                 self._on_failure()
                 if not failing:
-                    log.error("the store cannot be read, serving what is known: %s", error)
+                    unexpected = None if isinstance(error, StoreError) else error
+                    log.error("the store cannot be read, serving what is known: %s", error, exc_info=unexpected)
                     failing = True
+                await asyncio.sleep(self._poll_s)
+
+    def close(self) -> None:
+        """Stop watching the store. The thread ends by itself within a moment; nobody waits for it."""
+        self._watcher.close()
+        self._thread.shutdown(wait=False)
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def _refresh(self) -> bool:
-        """Read, warm, swap. False when the engine was away, so that something is left to be warmed."""
-        complete = True
-        snapshot = await asyncio.to_thread(self._registry.snapshot)
-        wanted = self._to_warm(snapshot)
-        for digest, version in wanted.items():
-            if digest not in self._warmed:
-                try:
-                    await self._engine.warm(self.reference(version))
-                except EngineUnavailable:
-                    complete = False
-                except (EngineError, StoreError) as error:
-                    self._on_failure()
-                    log.error("%s@%s cannot be warmed: %s", version.task, version.label, error)
-                else:
-                    self._warmed.add(digest)
-        by_task: dict[str, list[PromptVersion]] = {}
-        for version in sorted(snapshot.versions.values(), key=lambda version: version.number):
-            by_task.setdefault(version.task, []).append(version)
-        self._snapshot, self._by_task = snapshot, {task: tuple(versions) for task, versions in by_task.items()}
+        """Read, warm, swap. False when something could not be warmed for now, so that it is left to be done."""
+        snapshot = await self._in_thread(self._registry.snapshot, self._snapshot)
+        await self._in_thread(self.damage.look_again, snapshot)
+        tasks = snapshot.tasks
+        targets = self._to_warm((task, digest) for task in tasks.values() for digest in task.aliases.values())
+        complete = await self._warm(targets)
+        instead = await self._in_thread(self.damage.find_instead, snapshot)
+        stand_ins = self._to_warm((tasks[task], digest) for (task, _), digest in instead.items())
+        complete = await self._warm(stand_ins) and complete
+        self._snapshot = snapshot
+        self.damage.use(instead)
         self._on_refresh(snapshot.sequence)
-        for digest in self._warmed - set(wanted):
+        unwanted = self._warmed - targets.keys() - stand_ins.keys()
+        for digest in unwanted:
             await self._engine.release(digest)
-        self._warmed &= set(wanted)
+        self._warmed -= unwanted
         return complete
 
-    def _to_warm(self, snapshot: StoreSnapshot) -> dict[str, PromptVersion]:
-        """Soft prompts that an alias points at, itself or through an ensemble, and that this base can serve.
+    def _to_warm(self, pointed_at: Iterable[tuple[TaskSnapshot, str]]) -> dict[str, PromptVersion]:
+        """Of versions by task and digest, those that this base serves with a tensor, themselves or in an ensemble.
 
         By tensor digest.
         """
-        versions = (snapshot.versions[digest] for aliases in snapshot.aliases.values() for digest in aliases.values())
-        return {
-            member.payload.tensor_digest: member
-            for version in versions
-            for member in members(version, snapshot)
-            if isinstance(member.payload, SoftPromptPayload)
-            and member.payload.base_fingerprint == self._base_fingerprint
-        }
+        found: dict[str, PromptVersion] = {}
+        for task, digest in pointed_at:
+            version = task.versions[digest]
+            try:
+                members = task.members(readable(version))
+            except SchemaMismatch:
+                continue  # whoever asks for it is told
+            for member in members:
+                tensor = _tensor(member.payload)
+                if tensor is not None and member.base_fingerprint == self._base_fingerprint:
+                    found[tensor] = member
+        return found
+
+    async def _warm(self, wanted: Mapping[str, PromptVersion]) -> bool:
+        """False when the engine or the store was away. What cannot be warmed for another reason is logged, and left."""
+        complete = True
+        for digest, version in wanted.items():
+            if digest in self._warmed or self.damage.knows(version):
+                continue
+            try:
+                await self._engine.warm(self.reference(version))
+            except (EngineUnavailable, StoreUnavailable):
+                complete = False
+            except DamagedArtifact:
+                self._on_failure()
+            except (EngineError, StoreError) as error:
+                self._on_failure()
+                log.error("%s@%s cannot be warmed: %s", version.task, version.label, error)
+            else:
+                self._warmed.add(digest)
+        return complete
 
     def references(self, version: PromptVersion) -> tuple[SoftPromptReference, ...]:
-        """The soft prompts that answer for a version: its own, or its members' where it is an ensemble."""
-        return tuple(self.reference(member) for member in members(version, self.snapshot))
+        """The soft prompts or prefixes that answer for a version: its own, or its members' where it is an ensemble.
+
+        Raises SchemaMismatch for an ensemble with a member that cannot be read.
+        """
+        return tuple(self.reference(member) for member in self.snapshot.tasks[version.task].members(version))
 
     def reference(self, version: PromptVersion) -> SoftPromptReference:
-        """How an engine comes to a version's soft prompt. The version's payload must be one."""
+        """How an engine comes to a version's soft prompt or prefix. The version's payload must be one."""
         payload = version.payload
-        assert isinstance(payload, SoftPromptPayload)
+        assert isinstance(payload, SoftPromptPayload | PrefixPayload)
         return SoftPromptReference(
-            digest=payload.tensor_digest,
-            length=payload.shape[0],
+            # A prefix in a form that is not served has no tensor of its own, and loading it says so.
+            digest=_tensor(payload) or version.digest,
+            length=payload.length if isinstance(payload, PrefixPayload) else payload.shape[0],
             base_fingerprint=payload.base_fingerprint,
-            load=lambda: self._registry.soft_prompt(version.digest),
+            load=lambda: self.damage.load(version),
         )
 
-    def task(self, name: str) -> TaskRevision:
-        """A task's current revision. Raises UnknownTask naming the nearest."""
-        revision = self.snapshot.tasks.get(name)
-        if revision is None:
+    def evidence(self, version: str) -> Evidence:
+        """Report and recipe of a version by digest, read from the store. Raises StoreError."""
+        return self._registry.evidence(version)
+
+    def task(self, name: str) -> TaskSnapshot:
+        """Raises UnknownTask naming the nearest."""
+        task = self.snapshot.tasks.get(name)
+        if task is None:
             raise UnknownTask(name, self.snapshot.tasks, remedy="GET /v1/models lists what is served")
-        return revision
+        return task
 
     def resolve(self, model: str) -> Target:
         """What a request's `model` names: the base, `task`, `task@alias`, `task@v7`, `task@<digest>`.
 
-        Raises NotFound (naming the nearest) or NotServed, InvalidName for text outside the grammar.
+        Raises NotFound (naming the nearest), NotServed, InvalidName for text outside the grammar, SchemaMismatch for
+        what this release cannot read, DamagedArtifact or NotYetSupported.
         """
         if model == self.base_name:
             return Target(DEFAULT_BACKEND)
-        name = parse_model_name(model)
-        if isinstance(name, RemoteModel):
-            raise NotServed(f"no backend here serves '{model}'; name a task: GET /v1/models lists them")
-        return self.resolve_task(name.task, name.selector)
+        name, selector = _parse_model(model)
+        return self._resolve(name, selector)
 
     def resolve_task(self, task: str, selector: str | None) -> Target:
         """The version of a task that a selector names; without one, the version that the task's route names."""
-        snapshot = self.snapshot
-        current = self.task(task)
-        route = snapshot.routes.get(task) or DirectRoute()
-        assert isinstance(route, DirectRoute), "the store refuses routes of other kinds"
-        version = self._select(task, selector or route.version)
-        return Target(route.backend, snapshot.revisions.get(version.task_revision, current), version)
+        return self._resolve(task, _parse_selector(selector) if selector is not None else None)
 
-    def versions(self, task: str) -> tuple[PromptVersion, ...]:
-        """A task's versions in order of their numbers."""
-        return self._by_task.get(task, ())
+    def _resolve(self, name: str, selector: Selector | None) -> Target:
+        task = self.task(name)
+        route = task.route
+        if not isinstance(route, DirectRoute):
+            if selector is None:
+                raise _not_routed(route)
+            # A version that is asked for is served whatever became of the route.
+            route = DirectRoute()
+        if selector is None:
+            selector = _parse_selector(route.version)
+        found = task.find(selector)
+        if found is None:
+            raise _unknown(task, selector)
+        version = self.damage.answering(readable(found), task, selector)
+        return Target(route.backend, readable(task.revisions[version.task_revision]), version)
 
-    def _select(self, task: str, selector: str) -> PromptVersion:
-        where = f" of task '{task}'"
-        versions = self.versions(task)
-        match parse_selector(selector):
-            case NumberSelector(number):
-                found = [version for version in versions if version.number == number]
-                known = [version.label for version in versions]
-            case DigestSelector(prefix):
-                found = [version for version in versions if version.digest.startswith(prefix)]
-                known = [version.digest[:12] for version in versions]
-            case AliasSelector(alias):
-                aliases = self.snapshot.aliases.get(task, {})
-                if alias in aliases:
-                    return self.snapshot.versions[aliases[alias]]
-                names = ", ".join(f"{task}@{name}" for name in [*aliases, *(version.label for version in versions)])
-                remedy = f"ask for {names}, or point the alias at one: `softcue prompts alias {task} {alias} VERSION`"
-                if not names:
-                    remedy = "publish a version of it: `softcue tune soft-prompt RECIPE` or `softcue prompts publish`"
-                raise UnknownAlias(alias, aliases, where=where, remedy=remedy)
-        if len(found) != 1:
-            raise UnknownVersion(selector, known, where=where, remedy="GET /v1/models lists the versions")
-        return found[0]
+
+@lru_cache(_CACHED_NAMES)
+def _parse_model(text: str) -> tuple[str, Selector | None]:
+    """Raises InvalidName, or NotServed for a model at a provider."""
+    name = parse_model_name(text)
+    if isinstance(name, RemoteModel):
+        raise NotServed(f"no backend here serves '{text}'; name a task: GET /v1/models lists them")
+    return name.task, parse_selector(name.selector) if name.selector is not None else None
+
+
+_parse_selector = lru_cache(_CACHED_NAMES)(parse_selector)
+
+
+def _tensor(payload: Payload) -> str | None:
+    """The digest of the one tensor that a payload is served with."""
+    match payload:
+        case SoftPromptPayload(tensor_digest=digest) | PrefixPayload(tensors={"prefix": digest}):
+            return digest
+    return None
+
+
+def _not_routed(route: Route | Unreadable) -> StoreError:
+    if isinstance(route, Unreadable):
+        return SchemaMismatch(route.reason)
+    return NotYetSupported(f"the task's route is of kind '{route.kind}', which is not served yet; apply a direct route")
+
+
+def _unknown(task: TaskSnapshot, selector: Selector) -> UnknownVersion | UnknownAlias:
+    where = f" of task '{task.name}'"
+    labels = [version.label for version in task.versions.values()]
+    match selector:
+        case NumberSelector(number):
+            return UnknownVersion(f"v{number}", labels, where=where, remedy="GET /v1/models lists the versions")
+        case DigestSelector(prefix):
+            known = [digest[:12] for digest in task.versions]
+            return UnknownVersion(prefix, known, where=where, remedy="GET /v1/models lists the versions")
+        case AliasSelector(alias):
+            names = ", ".join(f"{task.name}@{name}" for name in [*task.aliases, *labels])
+            remedy = f"ask for {names}, or point the alias at one: `softcue prompts alias {task.name} {alias} VERSION`"
+            if not names:
+                remedy = "publish a version of it: `softcue tune soft-prompt RECIPE` or `softcue prompts publish`"
+            return UnknownAlias(alias, task.aliases, where=where, remedy=remedy)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from prompt_store.prompts.task import Task
     from service.catalog import Catalog
 
 Option = typer.Option
@@ -118,23 +119,30 @@ def _log_to_stderr() -> None:
 
 def _welcome(catalog: Catalog, host: str, port: int) -> None:
     """Print what is served, and how to ask for it with curl and with the openai client."""
+    from prompt_store.prompts.unreadable import Unreadable
     from prompt_store.routes import DEFAULT_ALIAS
 
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     print(f"\nSoftcue serves on {url}, base model '{catalog.base_name}':")
-    examples: list[tuple[str, dict[str, str]]] = []
-    for name, revision in sorted(catalog.snapshot.tasks.items(), key=lambda entry: (entry[1].task.kind, entry[0])):
-        aliases = catalog.snapshot.aliases.get(name, {})
-        labels = {alias: catalog.snapshot.versions[digest].label for alias, digest in sorted(aliases.items())}
+    examples: list[tuple[Task, str]] = []
+    lines: list[tuple[str, str, str]] = []
+    for name, known in catalog.snapshot.tasks.items():
+        labels = {alias: known.versions[digest].label for alias, digest in sorted(known.aliases.items())}
         served = ", ".join(f"{alias} = {label}" for alias, label in labels.items()) or "no version yet"
-        print(f"  {name:20} {revision.task.kind:9} {served:18} {revision.task.description}")
-        if DEFAULT_ALIAS in aliases:
-            examples.append((name, _sample_inputs(catalog, name, aliases[DEFAULT_ALIAS])))
+        if isinstance(known.revision, Unreadable):
+            lines.append(("unreadable", name, f"{served:18} {known.revision.reason}"))
+            continue
+        task = known.revision.task
+        lines.append((task.kind, name, f"{served:18} {task.description}"))
+        if DEFAULT_ALIAS in known.aliases:
+            examples.append((task, known.aliases[DEFAULT_ALIAS]))
+    for kind, name, text in sorted(lines):
+        print(f"  {name:20} {kind:9} {text}")
     if not examples:
         print("Publish a version with `softcue tune soft-prompt RECIPE` or `softcue prompts publish`.\n", flush=True)
         return
-    name, inputs = examples[0]
-    task = catalog.snapshot.tasks[name].task
+    task, digest = min(examples, key=lambda example: (example[0].kind, example[0].name))
+    name, inputs = task.name, _sample_inputs(catalog, task, digest)
     verb = "classify" if task.kind == "classify" else "generate"
     body = shlex.quote(json.dumps({"inputs": inputs}))
     messages = [message.model_dump() for message in task.render(inputs)]
@@ -152,12 +160,16 @@ Health {url}/health/ready, metrics {url}/metrics, API description {url}/schema. 
 """, flush=True)  # fmt: skip
 
 
-def _sample_inputs(catalog: Catalog, task: str, digest: str) -> dict[str, str]:
+def _sample_inputs(catalog: Catalog, task: Task, digest: str) -> dict[str, str]:
     """Inputs to show: a held-out row of the version's own report, or the fields' names where it has none."""
-    samples = (catalog.snapshot.versions[digest].report or {}).get("samples", [])
+    from prompt_store.errors import StoreError
+
+    try:
+        samples = (catalog.evidence(digest).report or {}).get("samples", [])
+    except StoreError:
+        samples = []  # it is only an example
     good = [sample for sample in samples if sample["answered"] == sample["expected"]]
-    fields = catalog.snapshot.tasks[task].task.inputs
     for sample in [*good, *samples]:
-        if set(sample["inputs"]) == set(fields):
+        if set(sample["inputs"]) == set(task.inputs):
             return dict(sample["inputs"])
-    return {field: field for field in fields}
+    return {field: field for field in task.inputs}

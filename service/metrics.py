@@ -57,6 +57,16 @@ class Metrics:
         self.store_sequence = Gauge(
             "softcue_store_sequence", "The last change of the store that is served", registry=self.registry
         )
+        self.store_reachable = Gauge(
+            "softcue_store_reachable", "Whether the store answered when it was last asked", registry=self.registry
+        )
+        self.damaged_versions = Gauge(
+            "softcue_damaged_versions", "Versions whose tensors were found damaged in the store", registry=self.registry
+        )
+        self.aliases_fallen_back = Gauge(
+            "softcue_aliases_fallen_back", "Aliases that an earlier target answers because theirs is damaged",
+            registry=self.registry,
+        )  # fmt: skip
         self.catalog_failures = Counter(
             "softcue_catalog_failures", "Reads of the store, or warm-ups, that failed", registry=self.registry
         )

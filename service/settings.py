@@ -33,11 +33,17 @@ class ServerSettings(_Section):
 
 
 class StoreSettings(_Section):
-    """The prompt store, how often it is asked for changes, and a folder of tasks to seed it with."""
+    """The prompt store (a path or URL), how often it is asked for changes, and a folder of tasks to seed it with.
 
-    url: str = ".softcue/softcue.db"
+    `backups` is the folder for copies made before its schema changes; see `Database.open`. With
+    `fall_back_when_damaged`, an alias whose version is damaged is answered by its previous target instead of an error.
+    """
+
+    url: str = Field(".softcue/softcue.db", repr=False)  # it may hold a password
     poll_s: float = Field(0.1, gt=0, le=1)
     seed: Path | None = None
+    backups: Path | None = None
+    fall_back_when_damaged: bool = False
 
 
 class BaseSettings(_Section):
@@ -86,7 +92,7 @@ def load_settings(
     document: dict[str, dict[str, Any]] = {}
     if file is not None:
         document = _read(file)
-        for section, key in (("store", "url"), ("store", "seed"), ("base", "path")):
+        for section, key in (("store", "url"), ("store", "seed"), ("store", "backups"), ("base", "path")):
             value = document.get(section, {}).get(key)
             if isinstance(value, str) and "://" not in value:
                 document[section][key] = str(file.parent / Path(value).expanduser())

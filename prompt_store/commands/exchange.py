@@ -184,7 +184,12 @@ def pull(
             )
             return
         rows = [
-            (entry.version.task, entry.version.label, entry.version.payload.kind, "new" if entry.created else "was here")
+            (
+                entry.version.task,
+                entry.version.label,
+                entry.version.payload.kind,
+                "new" if entry.created else "was here",
+            )
             for entry in pulled
         ]
         print_table(("task", "version", "kind", ""), rows)

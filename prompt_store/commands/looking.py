@@ -12,7 +12,7 @@ from prompt_store.errors import StoreError
 from prompt_store.names import RemoteModel, parse_model_name
 
 if TYPE_CHECKING:
-    from prompt_store.prompts.registry import Registry
+    from prompt_store.prompts.registry import ListedVersion, Registry
 
 app = typer.Typer()
 
@@ -35,13 +35,13 @@ def list_versions(
     """List versions, newest first, with the aliases that point at them."""
     with opened(store) as registry:
         names = {entry.fingerprint: entry.name for entry in registry.bases()}
-        fingerprint = registry.find_base(base).fingerprint if base is not None else None
-        found, after = [], None
+        found: list[ListedVersion] = []
+        after = None
         while len(found) < limit:
             page = registry.page(
                 task=task,
                 kind=kind,
-                base=fingerprint,
+                base=base,
                 tag=tag,
                 alias=alias,
                 after=after,
@@ -121,7 +121,7 @@ def _whole_version(registry: Registry, task: str, selector: str, *, brief: bool)
 def tasks(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """List tasks."""
     with opened(store) as registry:
-        found = [
+        found: list[dict[str, Any]] = [
             {
                 "name": revision.task.name,
                 "kind": revision.task.kind,
@@ -163,7 +163,9 @@ def diff(
 
     with opened(store) as registry:
         sides = [registry.version(task, selector) for selector in (first, second)]
-        found = compare(*((version, registry.evidence(version.digest), _tensor(registry, version)) for version in sides))
+        found = compare(
+            *((version, registry.evidence(version.digest), _tensor(registry, version)) for version in sides)
+        )
         if as_json:
             print_json({"task": task, "first": sides[0].label, "second": sides[1].label, **found.document()})
             return
@@ -181,12 +183,12 @@ def diff(
             print_table(("metric", *headers[1:], "change"), rows)
         if found.distance is not None:
             distance = found.distance
-            rows = [
+            lines = [
                 ("relative distance |a-b|/|a|", f"{distance.relative:.4f}"),
                 ("largest difference", f"{distance.largest:.4g}"),
                 ("cosine of rows, mean and lowest", f"{distance.mean_cosine:.4f}, {distance.lowest_cosine:.4f}"),
             ]
-            print_table(("tensors", ""), rows)
+            print_table(("tensors", ""), lines)
         elif found.no_distance:
             typer.echo(found.no_distance)
 
@@ -259,9 +261,7 @@ def history(
 
 @app.command()
 def bases(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME_OR_FINGERPRINT]", help="One base, task by task.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME_OR_FINGERPRINT]", help="One base, task by task.")] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -280,8 +280,8 @@ def bases(
             print_table(("task", f"versions on {entry.base.name}"), carried + [(task, "-") for task in entry.missing])
             if entry.missing:
                 typer.echo(
-                    f"a move to {entry.base.name} still needs {len(entry.missing)} of {len(carried) + len(entry.missing)} "
-                    "tasks: name this base in their recipes and `softcue tune soft-prompt RECIPE`"
+                    f"a move to {entry.base.name} still needs {len(entry.missing)} tasks: name this base in their "
+                    "recipes and `softcue tune soft-prompt RECIPE`"
                 )
             return
         rows = [

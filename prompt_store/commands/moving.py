@@ -22,7 +22,7 @@ from prompt_store.commands.options import (
     opened,
 )
 from prompt_store.commands.printing import print_json, print_table, version_document
-from prompt_store.errors import BaseMismatch, InvalidArtifact, StoreError
+from prompt_store.errors import BaseMismatch, InvalidArtifact
 
 if TYPE_CHECKING:
     from prompt_store.prompts.registry import Published, Registry
@@ -244,7 +244,10 @@ def print_published(what: str, published: Published, alias: str | None, registry
     if alias is not None:
         typer.echo(f"{version.task}@{alias} is {version.label}")
     else:
-        typer.echo(f"ask for it as {version.task}@{version.label}, or `softcue prompts alias {version.task} ALIAS {version.label}`")
+        typer.echo(
+            f"ask for it as {version.task}@{version.label}, or point an alias at it: "
+            f"`softcue prompts alias {version.task} ALIAS {version.label}`"
+        )
 
 
 def _expected(label: str | None) -> Any:

@@ -20,20 +20,14 @@ BACKUPS_VARIABLE = "SOFTCUE_STORE_BACKUPS"
 
 StoreOption = Annotated[
     str,
-    typer.Option(
-        "--store", envvar="SOFTCUE_STORE_URL", show_envvar=True, help="Path or URL of the prompt store."
-    ),
+    typer.Option("--store", envvar="SOFTCUE_STORE_URL", show_envvar=True, help="Path or URL of the prompt store."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="Name of a task.")]
-SelectorArgument = Annotated[
-    str, typer.Argument(metavar="SELECTOR", help="A number like v7, a digest or an alias.")
-]
+SelectorArgument = Annotated[str, typer.Argument(metavar="SELECTOR", help="A number like v7, a digest or an alias.")]
 AliasArgument = Annotated[str, typer.Argument(metavar="ALIAS", help="Such as production or candidate.")]
 AliasOption = Annotated[str | None, typer.Option(help="Point this alias at it.")]
-ExpectOption = Annotated[
-    str | None, typer.Option(metavar="vN", help="Only if the alias points at this version now.")
-]
+ExpectOption = Annotated[str | None, typer.Option(metavar="vN", help="Only if the alias points at this version now.")]
 ReasonOption = Annotated[str, typer.Option(help="Why, for the history.")]
 TagsOption = Annotated[list[str] | None, typer.Option("--tag", metavar="TAG", help="A tag kept with it; repeatable.")]
 

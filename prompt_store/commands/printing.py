@@ -24,7 +24,9 @@ def print_document(document: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(document)
         return
-    print_table(("", ""), [(key, _in_words(value)) for key, value in document.items() if value not in (None, "", [], {})])
+    print_table(
+        ("", ""), [(key, _in_words(value)) for key, value in document.items() if value not in (None, "", [], {})]
+    )
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

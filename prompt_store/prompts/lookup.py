@@ -98,8 +98,8 @@ def read_prompt(connection: Connection, version: str) -> SoftPrompt | Prefix:
     match payload:
         case SoftPromptPayload():
             name, digest = soft_prompt.TENSOR_NAME, payload.tensor_digest
-        case PrefixPayload(tensors={prefix.TENSOR_NAME: digest}):
-            name = prefix.TENSOR_NAME
+        case PrefixPayload(tensors={prefix.PREFIX_TENSOR_NAME: digest}):
+            name = prefix.PREFIX_TENSOR_NAME
         case _:
             raise InvalidArtifact(
                 f"version {version[:12]} holds a {payload.kind} payload, not a soft prompt or prefix; serve it so"

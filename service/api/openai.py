@@ -9,7 +9,9 @@ from litestar import Controller, Request, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
-from prompt_store.errors import NotFound
+from prompt_store.errors import StoreError
+from prompt_store.prompts.registry import TaskSnapshot
+from prompt_store.prompts.unreadable import Unreadable, UnreadableVersion
 from prompt_store.prompts.version import PromptVersion
 from service.api.answers import ERRORS, EventStream, unless_disconnected
 from service.api.callers import caller_of
@@ -90,11 +92,12 @@ class OpenAIController(Controller):
     async def model(self, model: FromPath[str], catalog: NamedDependency[Catalog]) -> dict[str, Any]:
         """One of them; `task@alias` too."""
         name = model.lstrip("/")
-        known = {entry["id"]: entry for entry in _models(catalog)}
-        if name in known:
-            return known[name]
         target = catalog.resolve(name)
-        return {**known[target.label], "id": name}
+        if target.version is None:
+            return _base_entry(catalog)
+        if name == target.version.task:
+            return _task_entry(catalog, catalog.task(name), target.version)
+        return {**_version_entry(catalog, target.version), "id": name}
 
 
 async def _answer(
@@ -119,21 +122,32 @@ async def _answer(
 
 
 def _models(catalog: Catalog) -> list[dict[str, Any]]:
-    entries = [_entry(catalog.base_name, 0, root=catalog.base_name, parent=None)]
-    for task, revision in sorted(catalog.snapshot.tasks.items()):
-        created = int(revision.created_at.timestamp())
+    entries = [_base_entry(catalog)]
+    for name, task in sorted(catalog.snapshot.tasks.items()):
         try:
-            serving: PromptVersion | None = catalog.resolve_task(task, None).version
-        except NotFound:
-            serving = None  # no version has the default alias yet
+            serving = catalog.resolve_task(name, None).version
+        except StoreError:
+            serving = None  # no version has the default alias yet, or what has it cannot be served
         if serving is not None:
-            root = f"{task}@{serving.label}"
-            entries.append(_entry(task, created, root=root, parent=catalog.base_name))
-        for version in catalog.versions(task):
-            label = f"{task}@{version.label}"
-            made = int(version.created_at.timestamp())
-            entries.append(_entry(label, made, root=label, parent=catalog.base_name))
+            entries.append(_task_entry(catalog, task, serving))
+        entries += [_version_entry(catalog, version) for version in task.versions.values()]
     return entries
+
+
+def _base_entry(catalog: Catalog) -> dict[str, Any]:
+    return _entry(catalog.base_name, 0, root=catalog.base_name, parent=None)
+
+
+def _task_entry(catalog: Catalog, task: TaskSnapshot, serving: PromptVersion) -> dict[str, Any]:
+    made = serving.created_at if isinstance(task.revision, Unreadable) else task.revision.created_at
+    root = f"{task.name}@{serving.label}"
+    return _entry(task.name, int(made.timestamp()), root=root, parent=catalog.base_name)
+
+
+def _version_entry(catalog: Catalog, version: PromptVersion | UnreadableVersion) -> dict[str, Any]:
+    label = f"{version.task}@{version.label}"
+    entry = _entry(label, int(version.created_at.timestamp()), root=label, parent=catalog.base_name)
+    return {**entry, "unreadable": version.reason} if isinstance(version, UnreadableVersion) else entry
 
 
 def _entry(name: str, created_s: int, **more: str | None) -> dict[str, Any]:

@@ -20,14 +20,33 @@ async def live() -> dict[str, str]:
 
 @get("/health/ready", tags=["Operations"])
 async def ready(catalog: NamedDependency[Catalog], router: NamedDependency[Router]) -> Response[dict[str, Any]]:
-    """Requests will be answered: the store has been read and every engine is ready. 503 otherwise."""
+    """Requests will be answered: the store has been read and every engine is ready. 503 otherwise.
+
+    `store` says whether the store can be reached now; what was read of it is served without.
+    """
     states = {name: engine.stats().ready for name, engine in router.engines.items()}
     is_ready = catalog.loaded and all(states.values())
-    body = {"status": "ready" if is_ready else "not ready", "store": catalog.loaded, "backends": states}
+    body = {
+        "status": _in_words(is_ready),
+        "store": catalog.store_reachable,
+        "writes": _in_words(catalog.store_reachable),
+        "backends": states,
+    }
     return Response(body, status_code=200 if is_ready else 503)
+
+
+@get("/health/ready/writes", tags=["Operations"])
+async def ready_for_writes(catalog: NamedDependency[Catalog]) -> Response[dict[str, Any]]:
+    """What is published, moved or applied will be stored: the store can be reached. 503 otherwise."""
+    reachable = catalog.store_reachable
+    return Response({"status": _in_words(reachable)}, status_code=200 if reachable else 503)
 
 
 @get("/metrics", tags=["Operations"])
 async def scrape(metrics: NamedDependency[Metrics]) -> Response[bytes]:
     """Prometheus metrics."""
     return Response(metrics.render(), media_type=MediaType.TEXT, headers={"content-type": CONTENT_TYPE})
+
+
+def _in_words(is_ready: bool) -> str:
+    return "ready" if is_ready else "not ready"

@@ -13,7 +13,9 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 from pydantic import BaseModel, ConfigDict, Field
 
+from prompt_store.prompts.registry import TaskSnapshot
 from prompt_store.prompts.task import Task
+from prompt_store.prompts.unreadable import Unreadable, readable
 from service.api.answers import DONE, ERRORS, EventStream, event, unless_disconnected
 from service.api.callers import caller_of
 from service.api.openai_answers import usage_body
@@ -66,14 +68,15 @@ class TaskController(Controller):
     @get()
     async def list_tasks(self, catalog: NamedDependency[Catalog]) -> dict[str, Any]:
         """Every task: kind, inputs, labels or schema, aliases."""
-        tasks = sorted(catalog.snapshot.tasks)
-        return {"object": "list", "data": [_task_body(catalog, name) for name in tasks]}
+        tasks = [task for _, task in sorted(catalog.snapshot.tasks.items())]
+        return {"object": "list", "data": [_task_body(task) for task in tasks]}
 
     @get("/{task:str}", responses={404: ERRORS[404]})
     async def show_task(self, task: FromPath[str], catalog: NamedDependency[Catalog]) -> dict[str, Any]:
         """One task."""
-        catalog.task(task)
-        return _task_body(catalog, task)
+        found = catalog.task(task)
+        readable(found.revision)
+        return _task_body(found)
 
     @post("/{task:str}/generate", status_code=200, responses=ERRORS)
     async def generate(
@@ -144,15 +147,18 @@ def _target(catalog: Catalog, task: str, version: str | None) -> Target:
     return catalog.resolve_task(name, version or selector or None)
 
 
-def _task_body(catalog: Catalog, name: str) -> dict[str, Any]:
-    revision = catalog.task(name)
-    aliases = catalog.snapshot.aliases.get(name, {})
+def _task_body(task: TaskSnapshot) -> dict[str, Any]:
+    revision = task.revision
+    known: dict[str, Any] = (
+        {"name": task.name, "unreadable": revision.reason}
+        if isinstance(revision, Unreadable)
+        else {**revision.task.model_dump(mode="json"), "revision": revision.number}
+    )
     return {
-        **revision.task.model_dump(mode="json"),
+        **known,
         "object": "task",
-        "revision": revision.number,
-        "aliases": {alias: catalog.snapshot.versions[digest].label for alias, digest in aliases.items()},
-        "versions": [version.label for version in catalog.versions(name)],
+        "aliases": {alias: task.versions[digest].label for alias, digest in task.aliases.items()},
+        "versions": [version.label for version in task.versions.values()],
     }
 
 

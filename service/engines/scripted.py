@@ -166,7 +166,7 @@ class ScriptedEngine:
         return EngineStats(ready=self._started, running=len(self.running), prompts=len(self.warmed))
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(frozenset({"soft_prompt", "text"}), self.features, self.context_length)
+        return Capabilities(frozenset({"soft_prompt", "prefix", "text"}), self.features, self.context_length)
 
 
 async def _wait(event: asyncio.Event, ends_at: float | None) -> None:

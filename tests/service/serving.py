@@ -49,9 +49,9 @@ QUERY: dict[str, Any] = {
 
 @dataclass
 class Store:
-    """A prompt store on disk, as another process would write it."""
+    """A prompt store, as another process would write it."""
 
-    path: Path
+    location: str
     base: BaseModel
     registry: Registry
 
@@ -65,36 +65,34 @@ class Store:
         new = NewVersion(task=task, payload_content=content, base_fingerprint=fingerprint)
         return self.registry.publish(new, alias, "a test", ANONYMOUS).version
 
-    def settings(self, **server: Any) -> Settings:
+    def settings(self, store: dict[str, Any] | None = None, **server: Any) -> Settings:
         overrides = {
-            "store": {"url": str(self.path), "poll_s": 0.01},
+            "store": {"url": self.location, "poll_s": 0.01, **(store or {})},
             "base": {"path": BASE_FOLDER, "name": "demo-base"},
             "server": {"drain_s": 1, **server},
         }
         return load_settings(None, {}, overrides)
 
 
-def open_store(folder: Path, base: BaseModel) -> Store:
+def open_store(location: str | Path, base: BaseModel) -> Store:
     """An empty store that knows the demo base."""
-    path = folder / "store.db"
-    registry = Registry(Database.open(path))
+    registry = Registry(Database.open(location))
     registry.register_base(base.describe(), ANONYMOUS)
-    return Store(path, base, registry)
+    return Store(str(location), base, registry)
 
 
-def filled(folder: Path, base: BaseModel) -> Store:
+def filled(location: str | Path, base: BaseModel) -> Store:
     """A store with the three tasks, each with one version in production."""
-    store = open_store(folder, base)
+    store = open_store(location, base)
     for seed, document in enumerate((INTENTS, COPY, QUERY)):
         store.publish(store.task(document).name, random_prompt(seed, 4 + seed))
     return store
 
 
 @asynccontextmanager
-async def client_of(store: Store, engine: Engine, **server: Any) -> AsyncIterator[AsyncTestClient[Any]]:
-    """The ready application, spoken to in this process."""
-    ready = asyncio.Event()
-    app = create_app(store.settings(**server), engine=engine, on_ready=lambda _: ready.set())
+async def client_of(store: Store, engine: Engine, **settings: Any) -> AsyncIterator[AsyncTestClient[Any]]:
+    """The ready application, spoken to in this process; settings of the server, and `store` for those of the store."""
+    app = create_app(store.settings(**settings), engine=engine)
     async with AsyncTestClient(app, raise_server_exceptions=False) as client:
         async with asyncio.timeout(10):
             while (await client.get("/health/ready")).status_code != 200:  # noqa: ASYNC110 (readiness is asked for)

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
@@ -22,11 +21,13 @@ from tests.service.serving import INTENTS, Store, open_store
 
 
 @pytest.fixture
-def store(tmp_path: Path, base: BaseModel) -> Store:
-    store = open_store(tmp_path, base)
+def store(location: str, base: BaseModel) -> Iterator[Store]:
+    """On SQLite and on PostgreSQL."""
+    store = open_store(location, base)
     store.task(INTENTS)
     store.publish("intents", random_prompt(1, 4))
-    return store
+    yield store
+    store.registry.database.close()
 
 
 class Refreshes:
@@ -45,8 +46,8 @@ class Refreshes:
         self.failures += 1
         self._news.set()
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+    async def until(self, condition: Callable[[], bool], within_s: float = 10.0) -> None:
+        async with asyncio.timeout(within_s):
             while not condition():
                 self._news.clear()
                 await self._news.wait()
@@ -54,17 +55,23 @@ class Refreshes:
 
 @asynccontextmanager
 async def following(
-    store: Store, engine: ScriptedEngine, registry: Registry | None = None
+    store: Store,
+    engine: ScriptedEngine,
+    registry: Registry | None = None,
+    *,
+    poll_s: float = 0.01,
+    fall_back: bool = False,
 ) -> AsyncIterator[tuple[Catalog, Refreshes]]:
-    database = Database.open(store.path)
+    registry = registry or Registry(Database.open(store.location))
     refreshes = Refreshes()
     catalog = Catalog(
-        database,
-        registry or Registry(database),
+        registry.database,
+        registry,
         engine,
         base_name="demo-base",
         base_fingerprint=store.base.fingerprint,
-        poll_s=0.01,
+        poll_s=poll_s,
+        fall_back_when_damaged=fall_back,
         on_refresh=refreshes.refreshed,
         on_failure=refreshes.failed,
     )
@@ -75,7 +82,8 @@ async def following(
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        database.close()
+        catalog.close()
+        registry.database.close()
 
 
 async def test_a_publish_elsewhere_is_warmed_and_then_served(store: Store) -> None:
@@ -127,7 +135,7 @@ async def test_a_version_that_cannot_be_warmed_is_counted_and_others_are_served(
 
     async with following(store, Choosy()) as (catalog, refreshes):
         store.publish("intents", bad, alias="candidate")
-        await refreshes.until(lambda: "candidate" in catalog.snapshot.aliases["intents"])
+        await refreshes.until(lambda: "candidate" in catalog.snapshot.tasks["intents"].aliases)
         assert refreshes.failures == 1
         assert catalog.resolve("intents").label == "intents@v1"
 
@@ -157,12 +165,12 @@ async def test_a_store_that_cannot_be_read_leaves_the_last_snapshot_and_is_tried
     class Flaky(Registry):
         broken = False
 
-        def snapshot(self) -> StoreSnapshot:
+        def snapshot(self, previous: StoreSnapshot | None = None) -> StoreSnapshot:
             if self.broken:
                 raise StoreUnavailable("the disk is away")
-            return super().snapshot()
+            return super().snapshot(previous)
 
-    flaky = Flaky(Database.open(store.path))
+    flaky = Flaky(Database.open(store.location))
     async with following(store, ScriptedEngine(), flaky) as (catalog, refreshes):
         flaky.broken = True
         store.publish("intents", random_prompt(2, 4))
@@ -194,13 +202,14 @@ async def test_names_that_are_not_there_name_the_nearest(store: Store) -> None:
 
 
 def test_before_the_first_load_requests_are_told_to_come_back(store: Store) -> None:
-    database = Database.open(store.path)
+    database = Database.open(store.location)
     catalog = Catalog(
         database, Registry(database), ScriptedEngine(), base_name="b", base_fingerprint="f", poll_s=1,
         on_refresh=lambda _: None, on_failure=lambda: None,
     )  # fmt: skip
     with pytest.raises(EngineUnavailable, match="starting"):
         catalog.resolve("intents")
+    catalog.close()
     database.close()
 
 

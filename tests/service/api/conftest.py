@@ -16,7 +16,7 @@ from tests.service.serving import Store, client_of, filled
 
 @pytest.fixture
 def store(tmp_path: Path, base: BaseModel) -> Store:
-    return filled(tmp_path, base)
+    return filled(tmp_path / "store.db", base)
 
 
 @pytest.fixture
