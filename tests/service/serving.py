@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from litestar.testing import AsyncTestClient
+from sqlalchemy import insert, update
 
+from prompt_store import tables
 from prompt_store.access import ANONYMOUS
 from prompt_store.database import Database
+from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.registry import NewVersion, Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Task, parse_task
-from prompt_store.prompts.version import PromptVersion, TextPayload
+from prompt_store.prompts.version import PrefixPayload, PromptVersion, Provenance, TextPayload, version_digest
 from service.app import create_app
 from service.engines.base import Engine
 from service.engines.base_model import BaseModel
@@ -65,6 +70,36 @@ class Store:
         new = NewVersion(task=task, payload_content=content, base_fingerprint=fingerprint)
         return self.registry.publish(new, alias, "a test", ANONYMOUS).version
 
+    def publish_prefix(self, task: str, prefix: Prefix) -> PromptVersion:
+        """A prefix in production, as rows: what publishing one writes, version, tensor and their names."""
+        payload = PrefixPayload(
+            tensors={"prefix": prefix.digest}, dtype=prefix.dtype, length=prefix.length,
+            base_fingerprint=self.base.fingerprint,
+        )  # fmt: skip
+        revision, number = self.registry.task(task), len(self.registry.versions(task)) + 1
+        digest = version_digest(revision.digest, payload)
+        with self.registry.database.write() as connection:
+            connection.execute(update(tables.tasks).where(tables.tasks.c.name == task).values(last_version=number))
+            connection.execute(
+                insert(tables.versions).values(
+                    digest=digest, task=task, number=number, task_revision=revision.digest, kind="prefix",
+                    base_fingerprint=self.base.fingerprint, payload=payload.model_dump_json(),
+                    provenance=Provenance().model_dump_json(), notes="", tags="[]",
+                    created_at=revision.created_at, principal=ANONYMOUS.name,
+                )
+            )  # fmt: skip
+            connection.execute(
+                insert(tables.tensors).values(
+                    digest=prefix.digest, dtype=prefix.dtype, shape=json.dumps(prefix.shape),
+                    size_bytes=len(prefix.data), data=prefix.data,
+                )
+            )  # fmt: skip
+            connection.execute(
+                insert(tables.version_tensors).values(version=digest, name="prefix", tensor=prefix.digest)
+            )
+        self.registry.move_alias(task, "production", digest, reason="a test", principal=ANONYMOUS)
+        return self.registry.version(task, digest)
+
     def settings(self, store: dict[str, Any] | None = None, **server: Any) -> Settings:
         overrides = {
             "store": {"url": self.location, "poll_s": 0.01, **(store or {})},
@@ -72,6 +107,13 @@ class Store:
             "server": {"drain_s": 1, **server},
         }
         return load_settings(None, {}, overrides)
+
+
+def random_prefix(seed: int, *, length: int) -> Prefix:
+    """Normal numbers [L, 2, KV heads, P, D] that fit the demo base and change what it says."""
+    shape = (5, 2, 6, length, 32)
+    values = np.random.default_rng(seed).normal(0.0, 1.0, shape).astype(np.float32)
+    return Prefix("F32", shape, values.tobytes())
 
 
 def open_store(location: str | Path, base: BaseModel) -> Store:

@@ -1,23 +1,41 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
+import time
+import timeit
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
+from sqlalchemy import delete, select, update
 
 from prompt_store.access import ANONYMOUS
 from prompt_store.database import Database
-from prompt_store.errors import StoreError, StoreUnavailable, UnknownAlias, UnknownVersion
-from prompt_store.prompts.registry import Registry, StoreSnapshot
+from prompt_store.errors import (
+    DamagedArtifact,
+    NotYetSupported,
+    SchemaMismatch,
+    StoreError,
+    StoreUnavailable,
+    UnknownAlias,
+    UnknownVersion,
+)
+from prompt_store.prompts.registry import NewVersion, Registry, StoreSnapshot
 from prompt_store.prompts.soft_prompt import SoftPrompt
+from prompt_store.prompts.version import EnsemblePayload, PromptVersion, payload_tensors
+from prompt_store.routes import DirectRoute
+from prompt_store.tables import route_revisions, tensors, version_tensors, versions
 from service.catalog import Catalog
 from service.engines.base import SoftPromptReference
 from service.engines.base_model import BaseModel
 from service.engines.errors import EngineUnavailable, GenerationFailed
 from service.engines.scripted import ScriptedEngine
 from tests.conftest import random_prompt
-from tests.service.serving import INTENTS, Store, open_store
+from tests.postgresql import running_server
+from tests.prompt_store.building import fill
+from tests.service.serving import COPY, INTENTS, Store, open_store, random_prefix
 
 
 @pytest.fixture
@@ -26,6 +44,13 @@ def store(location: str, base: BaseModel) -> Iterator[Store]:
     store = open_store(location, base)
     store.task(INTENTS)
     store.publish("intents", random_prompt(1, 4))
+    yield store
+    store.registry.database.close()
+
+
+@pytest.fixture
+def empty_store(location: str, base: BaseModel) -> Iterator[Store]:
+    store = open_store(location, base)
     yield store
     store.registry.database.close()
 
@@ -227,3 +252,209 @@ def test_a_soft_prompt_that_does_not_fit_is_refused_at_publish_and_nothing_is_st
         with pytest.raises(StoreError, match=said):
             store.publish("intents", wrong)
         assert count() == 1
+
+
+async def test_a_publish_reaches_a_service_in_time(store: Store) -> None:
+    """250 ms where the database tells of it, though it would be asked only once a second; else within one more poll."""
+    tells = store.registry.database.storage.kind == "postgresql"
+    engine = ScriptedEngine()
+    async with following(store, engine, poll_s=1.0 if tells else 0.1) as (catalog, refreshes):
+        for number in (2, 3):
+            await asyncio.to_thread(store.publish, "intents", random_prompt(number, 4))
+            began_s = time.perf_counter()
+            await refreshes.until(lambda label=f"intents@v{number}": catalog.resolve("intents").label == label)
+            assert time.perf_counter() - began_s < (0.25 if tells else 1.0)
+
+
+async def test_closing_does_not_wait_for_what_waits_for_the_store(store: Store) -> None:
+    began_s = time.perf_counter()
+    async with following(store, ScriptedEngine(), poll_s=1.0):
+        await asyncio.sleep(0)
+        began_s = time.perf_counter()
+    assert time.perf_counter() - began_s < 0.2
+    for thread in threading.enumerate():
+        if thread.name.startswith("softcue-catalog"):
+            await asyncio.to_thread(thread.join, 5)
+            assert not thread.is_alive()
+
+
+async def test_a_database_that_restarts_is_caught_up_with_and_serves_meanwhile(
+    base: BaseModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_server(own=True) as server:
+        assert server.cluster is not None
+        store = open_store(server.create(), base)
+        store.task(INTENTS)
+        store.publish("intents", random_prompt(1, 4))
+        async with following(store, ScriptedEngine()) as (catalog, refreshes):
+            assert catalog.store_reachable
+            await asyncio.to_thread(server.cluster.stop)
+            await refreshes.until(lambda: refreshes.failures > 2)
+            assert not catalog.store_reachable
+            assert catalog.resolve("intents").label == "intents@v1"
+            await asyncio.to_thread(server.cluster.start)
+            await asyncio.to_thread(store.publish, "intents", random_prompt(2, 4))
+            await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v2")
+            assert catalog.store_reachable
+        store.registry.database.close()
+    assert caplog.text.count("serving what is known") == 1
+    assert caplog.text.count("the store can be read again") == 1
+
+
+def flip(store: Store, version: PromptVersion) -> None:
+    """Flips a bit of a version's tensor, behind the store's back; the second time, back again."""
+    (digest,) = payload_tensors(version.payload).values()
+    here = tensors.c.digest == digest
+    with store.registry.database.write() as connection:
+        data = bytearray(connection.execute(select(tensors.c.data).where(here)).scalar_one())
+        data[5] ^= 1
+        connection.execute(update(tensors).where(here).values(data=bytes(data)))
+
+
+async def test_a_damaged_version_is_refused_alone_and_tried_again(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.task(COPY)
+    store.publish("copy", random_prompt(5, 4))
+    damaged = store.publish("intents", random_prompt(2, 4))
+    flip(store, damaged)
+    async with following(store, ScriptedEngine()) as (catalog, refreshes):
+        for name in ("intents", "intents@production", "intents@v2", f"intents@{damaged.digest}"):
+            with pytest.raises(DamagedArtifact, match="is damaged on disk"):
+                catalog.resolve(name)
+        assert catalog.resolve("intents@v1").label == "intents@v1"
+        assert catalog.resolve("copy").label == "copy@v1"
+        assert (refreshes.failures, catalog.damage.versions, catalog.damage.fallen_back) == (1, 1, 0)
+        store.publish("copy", random_prompt(6, 4))
+        await refreshes.until(lambda: catalog.resolve("copy").label == "copy@v2")
+        with pytest.raises(DamagedArtifact):
+            catalog.resolve("intents")
+        flip(store, damaged)
+        store.publish("copy", random_prompt(7, 4))
+        await refreshes.until(lambda: catalog.resolve("copy").label == "copy@v3")
+        assert catalog.resolve("intents").label == "intents@v2"
+        assert catalog.damage.versions == 0
+    assert caplog.text.count("intents@v2 is refused") == 1
+    assert caplog.text.count("intents@v2 can be read again") == 1
+
+
+async def test_a_damaged_version_that_nobody_warmed_is_noticed_when_it_is_first_read(store: Store) -> None:
+    damaged = store.publish("intents", random_prompt(2, 4), alias=None)
+    flip(store, damaged)
+    async with following(store, ScriptedEngine()) as (catalog, _):
+        target = catalog.resolve("intents@v2")
+        assert target.version is not None
+        (reference,) = catalog.references(target.version)
+        with pytest.raises(DamagedArtifact, match="is damaged on disk"):
+            await asyncio.to_thread(reference.load)
+        with pytest.raises(DamagedArtifact, match="is damaged on disk"):
+            catalog.resolve("intents@v2")
+
+
+async def test_a_lost_tensor_is_damage_too(store: Store) -> None:
+    with store.registry.database.write() as connection:
+        connection.execute(delete(version_tensors))
+    async with following(store, ScriptedEngine()) as (catalog, _):
+        with pytest.raises(DamagedArtifact, match="is missing; restore the store from a backup"):
+            catalog.resolve("intents")
+
+
+async def test_an_alias_falls_back_to_its_newest_whole_target_where_that_is_wanted(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    second, third = (store.publish("intents", random_prompt(seed, 4)) for seed in (2, 3))
+    for version in (second, third):
+        flip(store, version)
+    engine = ScriptedEngine()
+    async with following(store, engine, fall_back=True) as (catalog, refreshes):
+        for name in ("intents", "intents@production"):
+            assert catalog.resolve(name).label == "intents@v1"
+        assert engine.warmed == {random_prompt(1, 4).digest}
+        assert (catalog.damage.versions, catalog.damage.fallen_back) == (2, 1)
+        for name in ("intents@v3", f"intents@{third.digest[:12]}"):
+            with pytest.raises(DamagedArtifact):
+                catalog.resolve(name)
+        flip(store, second)
+        store.registry.apply_route("intents", DirectRoute(version="production"), ANONYMOUS)
+        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v2")
+        flip(store, third)
+        store.task(COPY)
+        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v3")
+        assert catalog.damage.fallen_back == 0
+        await refreshes.until(lambda: engine.warmed == {random_prompt(3, 4).digest})
+    for number in (1, 2):
+        said = f"intents@production is answered by v{number} because v3 is damaged"
+        assert caplog.text.count(said) == 1
+
+
+async def test_damage_that_is_noticed_between_refreshes_makes_an_alias_fall_back(store: Store) -> None:
+    damaged = store.publish("intents", random_prompt(2, 4))
+    async with following(store, ScriptedEngine(), fall_back=True) as (catalog, refreshes):
+        assert catalog.resolve("intents").label == "intents@v2"
+        flip(store, damaged)
+        with pytest.raises(DamagedArtifact):
+            await asyncio.to_thread(catalog.reference(damaged).load)
+        await refreshes.until(lambda: catalog.damage.fallen_back == 1)
+        assert catalog.resolve("intents").label == "intents@v1"
+
+
+async def test_an_ensemble_with_a_damaged_member_is_refused(store: Store) -> None:
+    members = [store.publish("intents", random_prompt(seed, 4), alias=None) for seed in (2, 3)]
+    payload = EnsemblePayload(members=[m.digest for m in members], base_fingerprint=store.base.fingerprint)
+    store.registry.publish(NewVersion("intents", payload), "production", "", ANONYMOUS)
+    flip(store, members[1])
+    async with following(store, ScriptedEngine()) as (catalog, _):
+        with pytest.raises(DamagedArtifact):
+            catalog.resolve("intents")
+        assert catalog.resolve("intents@v2").label == "intents@v2"
+
+
+async def test_what_another_release_wrote_refuses_itself_alone(store: Store) -> None:
+    store.task(COPY)
+    store.publish("copy", random_prompt(5, 4))
+    store.publish("intents", random_prompt(2, 4), alias="candidate")
+    store.registry.apply_route("copy", DirectRoute(), ANONYMOUS)
+    with store.registry.database.write() as connection:
+        connection.execute(update(versions).where(versions.c.number == 2).values(payload='{"kind": "hologram"}'))
+        connection.execute(update(route_revisions).values(document='{"kind": "lottery"}'))
+    async with following(store, ScriptedEngine()) as (catalog, _):
+        assert catalog.resolve("intents").label == "intents@v1"
+        for name in ("intents@candidate", "intents@v2"):
+            with pytest.raises(SchemaMismatch, match=r"v2 of task 'intents'.*upgrade Softcue"):
+                catalog.resolve(name)
+        with pytest.raises(SchemaMismatch, match="the route of task 'copy'"):
+            catalog.resolve("copy")
+        assert catalog.resolve("copy@production").label == "copy@v1"
+
+
+async def test_a_route_that_nothing_serves_yet_is_refused_when_it_is_followed(store: Store) -> None:
+    leaves = [{"kind": "direct"}, {"kind": "direct", "version": "v1"}]
+    store.registry.apply_route("intents", DirectRoute(), ANONYMOUS)
+    with store.registry.database.write() as connection:
+        connection.execute(update(route_revisions).values(document=json.dumps({"kind": "fallback", "routes": leaves})))
+    async with following(store, ScriptedEngine()) as (catalog, _):
+        with pytest.raises(NotYetSupported, match="is of kind 'fallback'"):
+            catalog.resolve("intents")
+        assert catalog.resolve("intents@v1").label == "intents@v1"
+
+
+async def test_a_name_is_resolved_in_microseconds_among_ten_thousand_versions(
+    empty_store: Store,
+) -> None:
+    fill(empty_store.registry, tasks=200, versions=10_000)
+    async with following(empty_store, ScriptedEngine()) as (catalog, _):
+        assert catalog.resolve("task-7@production").label == "task-7@v50"
+        for name in ("task-7@production", "task-7", "task-7@v3"):
+            taken_s = min(timeit.repeat(lambda name=name: catalog.resolve(name), number=1000, repeat=5)) / 1000
+            assert taken_s < 5e-6
+
+
+async def test_a_prefix_is_warmed_and_referred_to_like_a_soft_prompt(store: Store) -> None:
+    prefix = random_prefix(3, length=6)
+    version = store.publish_prefix("intents", prefix)
+    engine = ScriptedEngine()
+    async with following(store, engine) as (catalog, _):
+        target = catalog.resolve("intents")
+        assert (target.label, engine.warmed) == ("intents@v2", {prefix.digest})
+        (reference,) = catalog.references(version)
+        assert (reference.digest, reference.length, reference.load()) == (prefix.digest, 6, prefix)
