@@ -35,6 +35,8 @@ _DRIVER_DEFAULTS = {"connect_timeout": CONNECT_TIMEOUT_S, "keepalives_idle": 30,
 
 # SQLSTATE classes and codes in which the server, not the statement, is at fault.
 _ENVIRONMENTAL = ("08", "25006", "25P03", "3D", "28", "40", "42501", "53", "55P03", "57", "58", "XX001", "XX002")
+# Internal errors and damage, and what the disk does not give back.
+_DAMAGE = ("XX", "58")
 _REMEDIES = {
     "25006": "it is read-only, maybe a standby; name the primary",
     "28": "check user and password in the URL",
@@ -116,6 +118,14 @@ class PostgresqlStorage:
     def dangling_rows(self, _: Connection) -> list[str]:
         """None: PostgreSQL checks its foreign keys itself."""
         return []
+
+    def integrity(self, _: Connection) -> list[str]:
+        """Nothing: a page that is damaged is found when it is read."""
+        return []
+
+    def is_damage(self, error: DBAPIError) -> bool:
+        """Whether a read failed on what the tables hold rather than on our way to them."""
+        return (getattr(error.orig, "sqlstate", None) or "").startswith(_DAMAGE)
 
     def reading(self, connection: Connection) -> Connection:
         """Its next transaction sees one state throughout."""

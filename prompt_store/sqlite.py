@@ -15,6 +15,9 @@ from prompt_store.errors import StoreError, StoreUnavailable
 
 BUSY_TIMEOUT_S = 30.0
 
+# What SQLite calls pages that are damaged, or that the disk does not give back.
+_DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_IOERR")
+
 # The execution option of a connection whose next transaction is BEGIN IMMEDIATE.
 _WRITES = "softcue_writes"
 
@@ -77,6 +80,17 @@ class SqliteStorage:
     def dangling_rows(self, connection: Connection) -> list[str]:
         """A table's name for each row that refers to none."""
         return [str(row[0]) for row in connection.exec_driver_sql("PRAGMA foreign_key_check")]
+
+    def integrity(self, connection: Connection) -> list[str]:
+        """What SQLite complains of in its own pages and indexes; nothing when they are whole."""
+        complaints = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
+        return [] if complaints == ["ok"] else complaints
+
+    def is_damage(self, error: DBAPIError) -> bool:
+        """Whether a read failed on what the file holds rather than on our way to it."""
+        name = getattr(error.orig, "sqlite_errorname", "")
+        # The driver, not SQLite, finds text that is none.
+        return name.startswith(_DAMAGE) or "Could not decode" in str(error.orig)
 
     def reading(self, connection: Connection) -> Connection:
         return connection
