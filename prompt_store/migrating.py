@@ -5,28 +5,33 @@ database that already holds something. Interrupted at any point, the old schema 
 contract a release later: one that only adds names its `oldest_reader`, and code of that schema goes on beside it.
 """
 
+import errno
+import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, LargeBinary, MetaData, delete, event, insert, inspect, select
+from sqlalchemy import Connection, LargeBinary, MetaData, delete, event, insert, inspect, select, update
 
 from prompt_store.errors import SchemaMismatch, StoreError, StoreUnavailable
 from prompt_store.postgresql import PostgresqlStorage
 from prompt_store.sqlite import SqliteStorage
-from prompt_store.tables import meta, metadata
+from prompt_store.tables import change_counter, meta, metadata
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 # The oldest schema whose code still works with this one. Without it, code that does not know the schema refuses it.
 OLDEST_READER_KEY = "schema_oldest_reader"
 
-_ROWS_AT_ONCE = 500
-_LARGE_ROWS_AT_ONCE = 8
+_ROWS_AT_ONCE = 200
+# A tensor may have 64 MB.
+_LARGE_ROWS_AT_ONCE = 4
 
 Storage = SqliteStorage | PostgresqlStorage
 
@@ -82,39 +87,60 @@ def back_up(storage: Storage, revision: str, migrations: Path = MIGRATIONS) -> P
     return copy
 
 
-def copy_store(storage: Storage, target: Path, revision: str, migrations: Path = MIGRATIONS) -> None:
-    """The whole store, as of one moment, as a SQLite file at `target`, which appears only when it is complete.
+def copy_store(
+    storage: Storage,
+    target: Path,
+    revision: str,
+    migrations: Path = MIGRATIONS,
+    *,
+    check: Callable[[SqliteStorage, dict[str, int]], object] | None = None,
+) -> None:
+    """The whole store, as of one moment, as one SQLite file that only its owner may read: it holds the signing key.
 
     The copy of a PostgreSQL database has the tables of the same schema, `revision`, and can be opened as a store.
+    `check` is given the copy and how many rows each table must have; what it raises undoes the copy. The file appears
+    under its name when it is complete and on disk. Raises FileExistsError where something has that name.
     """
-    unfinished = target.with_name(target.name + ".unfinished")
-    try:
-        if isinstance(storage, SqliteStorage):
-            storage.copy_to(unfinished)
-        else:
-            _write_copy(storage, SqliteStorage(unfinished), revision, migrations)
-        unfinished.rename(target)
-    except BaseException:
-        # Where the disk is full, what was written of it would keep it full.
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            unfinished.with_name(unfinished.name + suffix).unlink(missing_ok=True)
-        raise
+    if target.exists():
+        raise FileExistsError(errno.EEXIST, "the file exists", str(target))
+    with TemporaryDirectory(prefix=f"{target.name}.unfinished-", dir=target.parent) as folder:
+        copy = SqliteStorage(Path(folder) / target.name)
+        try:
+            if isinstance(storage, SqliteStorage):
+                counts = storage.copy_to(copy.path)
+            else:
+                counts = _write_copy(storage, copy, revision, migrations)
+            if check is not None:
+                check(copy, counts)
+        finally:
+            copy.engine.dispose()
+        copy.path.chmod(0o600)
+        _sync(copy.path)
+        # Takes the name, or fails where somebody else has it by now.
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        copy.path.replace(target)
+    _sync(target.parent)
 
 
-def _write_copy(storage: Storage, copy: SqliteStorage, revision: str, migrations: Path) -> None:
+def _write_copy(storage: PostgresqlStorage, copy: SqliteStorage, revision: str, migrations: Path) -> dict[str, int]:
+    with copy.migrating() as connection:
+        with connection.begin():
+            _upgrade(connection, migrations, revision)
+        with storage.engine.connect() as source, connection.begin():
+            source = storage.reading(source)
+            with source.begin():
+                counts = copy_rows(source, connection)
+        # One file, without a log beside it.
+        connection.connection.cursor().execute("PRAGMA journal_mode=DELETE")
+    return counts
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with copy.migrating() as connection:
-            with connection.begin():
-                _upgrade(connection, migrations, revision)
-            with storage.engine.connect() as source, connection.begin():
-                source = storage.reading(source)
-                with source.begin():
-                    copy_rows(source, connection)
-            # One file, without a log beside it.
-            connection.connection.cursor().execute("PRAGMA journal_mode=DELETE")
+        os.fsync(descriptor)
     finally:
-        copy.engine.dispose()
-        copy.lock_file.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def copy_rows(source: Connection, target: Connection) -> dict[str, int]:
@@ -124,12 +150,18 @@ def copy_rows(source: Connection, target: Connection) -> dict[str, int]:
     """
     tables = [table for table in _reflect(target).sorted_tables if table.name != "alembic_version"]
     for table in reversed(tables):
-        target.execute(delete(table))
+        # Other writers wait on the counter's row, which therefore stays.
+        if table.name != change_counter.name:
+            target.execute(delete(table))
     counts = dict.fromkeys((table.name for table in tables), 0)
     for table in tables:
+        if table.name == change_counter.name:
+            target.execute(update(table), {"sequence": source.execute(select(table.c.sequence)).scalar_one()})
+            counts[table.name] = 1
+            continue
         large = any(isinstance(column.type, LargeBinary) for column in table.columns)
-        options = {"yield_per": _LARGE_ROWS_AT_ONCE if large else _ROWS_AT_ONCE}
-        for batch in source.execute(select(table), execution_options=options).partitions():
+        query = select(table).execution_options(yield_per=_LARGE_ROWS_AT_ONCE if large else _ROWS_AT_ONCE)
+        for batch in source.execute(query).partitions():
             rows = [{name: _moved(value, target) for name, value in row._mapping.items()} for row in batch]
             target.execute(insert(table), rows)
             counts[table.name] += len(rows)

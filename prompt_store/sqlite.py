@@ -108,10 +108,23 @@ class SqliteStorage:
     def watch(self, poll_s: float) -> "SqliteWatch":
         return SqliteWatch(self.path, poll_s)
 
-    def copy_to(self, target: Path) -> None:
-        """A consistent copy of the file, beside running writers."""
-        with closing(sqlite3.connect(self.path)) as source, closing(sqlite3.connect(target)) as copy:
+    def copy_to(self, target: Path) -> dict[str, int]:
+        """A copy as of one moment, beside running writers; returns how many rows each table has."""
+        with (
+            closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as source,
+            closing(sqlite3.connect(target, isolation_level=None)) as copy,
+        ):
+            source.execute("BEGIN")
+            counts = _row_counts(source)
             source.backup(copy)
+            # One file, without a log beside it.
+            copy.execute("PRAGMA journal_mode=DELETE")
+        return counts
+
+    def row_counts(self) -> dict[str, int]:
+        """How many rows each table has."""
+        with closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)) as connection:
+            return _row_counts(connection)
 
     def explain(self, error: Exception) -> str | None:
         """Fact and remedy where the file or its disk is at fault; None for a mistake of ours."""
@@ -161,6 +174,17 @@ class SqliteWatch:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
+
+
+def _row_counts(connection: sqlite3.Connection) -> dict[str, int]:
+    names = connection.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT IN ('alembic_version', 'sqlite_sequence')"
+    ).fetchall()
+    # Another program's table may have any name.
+    quoted = {name: name.replace('"', '""') for (name,) in names}
+    return {
+        name: int(connection.execute(f'SELECT count(*) FROM "{text}"').fetchone()[0]) for name, text in quoted.items()
+    }
 
 
 def _create_engine(path: Path) -> Engine:
