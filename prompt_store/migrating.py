@@ -7,6 +7,7 @@ contract a release later: one that only adds names its `oldest_reader`, and code
 
 import errno
 import os
+import sqlite3
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, LargeBinary, MetaData, delete, event, insert, inspect, select, update
+from sqlalchemy.exc import DBAPIError
 
 from prompt_store.errors import SchemaMismatch, StoreError, StoreUnavailable
 from prompt_store.postgresql import PostgresqlStorage
@@ -79,10 +81,13 @@ def back_up(storage: Storage, revision: str, migrations: Path = MIGRATIONS) -> P
     try:
         storage.backups.mkdir(parents=True, exist_ok=True)
         copy_store(storage, copy, revision, migrations)
-    except OSError as error:
+    except (OSError, sqlite3.Error, DBAPIError) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        if not isinstance(cause, OSError | sqlite3.OperationalError):
+            raise
         raise StoreUnavailable(
-            f"the store {storage.place} must be copied before its schema changes, and {storage.backups} cannot be "
-            f"written ({error.strerror}); name another folder by SOFTCUE_STORE_BACKUPS"
+            f"the store {storage.place} must be copied before its schema changes, and {storage.backups} cannot take "
+            f"the copy ({cause}); free space there, or name another folder by SOFTCUE_STORE_BACKUPS"
         ) from error
     return copy
 

@@ -1,13 +1,34 @@
 import multiprocessing
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 
 from prompt_store.database import Database
+from prompt_store.migrating import MIGRATIONS, newest_revision
 from prompt_store.prompts.registry import Registry
 from tests.prompt_store.building import ANNA, BASE, task
+
+STEP = """
+import os
+import signal
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "9999"
+down_revision = "{newest}"
+
+
+def upgrade() -> None:
+    op.create_table("extra", sa.Column("name", sa.Text(), nullable=False))
+    op.execute("UPDATE tasks SET last_version = last_version + 1000")
+    with op.batch_alter_table("tasks") as tasks:
+        tasks.add_column(sa.Column("colour", sa.Text(), nullable=True))
+    {ending}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +71,17 @@ def registry(empty_registry: Registry) -> Registry:
     empty_registry.register_base(BASE, ANNA)
     empty_registry.apply_task(task(), ANNA)
     return empty_registry
+
+
+@pytest.fixture
+def with_step(tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of the migrations with one more step, which ends as given."""
+
+    def make(ending: str) -> Path:
+        copy = tmp_path / "migrations"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(MIGRATIONS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        (copy / "versions" / "r9999_extra.py").write_text(STEP.format(newest=newest_revision(), ending=ending))
+        return copy
+
+    return make

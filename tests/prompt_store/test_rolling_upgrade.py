@@ -1,0 +1,121 @@
+"""The previous release's code, as it was shipped, before, beside and after this release's migration.
+
+It knew SQLite alone; what holds of schemas on PostgreSQL too is in test_migrating.py.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prompt_store.database import Database
+from prompt_store.migrating import MIGRATIONS, newest_revision
+from tests.conftest import ROOT
+from tests.prompt_store.consistency import assert_consistent
+from tests.prompt_store.test_migrating import revision_of
+
+RELEASES = Path(__file__).parent / "releases"
+COUNT = 25
+
+
+@pytest.fixture(scope="module")
+def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the previous release's `prompt_store` lies."""
+    folder = tmp_path_factory.mktemp("previous")
+    shutil.unpack_archive(RELEASES / "prompt_store-0.1.0.zip", folder)
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path, previous: Path) -> Path:
+    """A store that the previous release made."""
+    path = tmp_path / "softcue.db"
+    run(previous, "make", path)
+    return path
+
+
+@contextmanager
+def running(code: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """using_store.py with the `prompt_store` that lies in the folder `code`; ended if it does not end."""
+    environment = {**os.environ, "PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, str(RELEASES / "using_store.py"), *map(str, arguments)]
+    with subprocess.Popen(
+        command, env=environment, cwd=code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def output(process: subprocess.Popen[str]) -> str:
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    return out
+
+
+def run(code: Path, *arguments: object) -> str:
+    with running(code, *arguments) as process:
+        return output(process)
+
+
+def told(code: Path, store: Path) -> Any:
+    return json.loads(run(code, "tell", store))
+
+
+def test_a_store_of_the_previous_release_is_migrated_in_place_and_reads_the_same(previous: Path, store: Path) -> None:
+    assert revision_of(str(store)) == "0001"
+    before = told(previous, store)
+    assert len(before["versions"]) == 5
+    assert told(ROOT, store) == before
+    assert revision_of(str(store)) == newest_revision()
+    (backup,) = store.parent.glob("softcue.db.schema-0001-*.backup")
+    assert revision_of(str(backup)) == "0001"
+    assert told(previous, backup) == before
+
+
+def test_the_previous_release_goes_on_beside_the_migration_and_after_it(previous: Path, store: Path) -> None:
+    with running(previous, "work", store, 1000, COUNT) as old:
+        assert old.stdout is not None
+        assert old.stdout.readline() == "open\n"
+        # Its second publish at the latest falls into the migration or after it.
+        first = old.stdout.readline().strip()
+        with running(ROOT, "work", store, 2000, COUNT) as new:
+            published = {first, *output(old).split()} | set(output(new).split())
+    assert revision_of(str(store)) == newest_revision()
+    published.discard("open")
+    assert len(published) == 2 * COUNT
+    before = told(ROOT, store)
+    assert published <= set(before["versions"])
+    assert len(before["versions"]) == 2 * COUNT + 5
+    assert told(previous, store) == before
+    assert sorted(row[0] for row in before["versions"].values()) == sorted(f"v{n}" for n in range(1, 2 * COUNT + 6))
+    # Started after the migration, the previous release writes what this one reads.
+    late = set(run(previous, "work", store, 3000, 3).split()) - {"open"}
+    assert late <= set(told(ROOT, store)["versions"])
+    assert revision_of(str(store)) == newest_revision()
+    assert_consistent(str(store))
+
+
+def test_the_previous_release_refuses_a_schema_that_names_no_older_reader(
+    previous: Path, store: Path, tmp_path: Path
+) -> None:
+    migrations = tmp_path / "migrations"
+    shutil.copytree(MIGRATIONS, migrations, ignore=shutil.ignore_patterns("__pycache__"))
+    step = f'revision = "9999"\ndown_revision = "{newest_revision()}"\n\n\ndef upgrade() -> None:\n    pass\n'
+    (migrations / "versions" / "r9999_contract.py").write_text(step)
+    Database.open(store, migrations=migrations).close()
+    for code, newest in ((previous, "0001"), (ROOT, newest_revision())):
+        with running(code, "tell", store) as process:
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert f"has schema 9999 but this Softcue knows schemas up to {newest}" in errors
+    assert revision_of(str(store)) == "9999"
