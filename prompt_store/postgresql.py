@@ -86,7 +86,8 @@ class PostgresqlStorage:
             )
         except ImportError as error:
             raise StoreError(
-                f"a store on PostgreSQL needs the driver psycopg ({_first_line(error)}); pip install 'softcue[postgres]'"
+                f"a store on PostgreSQL needs the driver psycopg ({_first_line(error)}); "
+                "pip install 'softcue[postgres]'"
             ) from error
         self.driver_error: type[Exception] = self.engine.dialect.loaded_dbapi.Error
 

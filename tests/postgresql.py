@@ -24,7 +24,7 @@ _START_TIMEOUT_S = 60
 
 
 class Server:
-    """A server whose databases tests make and drop. `restart`, `stop` and `start` are for a cluster of our own."""
+    """A server whose databases tests make and drop; `cluster` where it is one of our own, which may be broken."""
 
     def __init__(self, url: URL, cluster: Cluster | None = None) -> None:
         self.url = url
@@ -91,8 +91,11 @@ class Cluster:
         self._run("pg_ctl", "stop", "-D", self._data, "-w", "-m", mode)
 
     def remove(self) -> None:
-        self.stop(mode="immediate")
-        shutil.rmtree(self.folder)
+        try:
+            if (self.folder / "data" / "postmaster.pid").exists():
+                self.stop(mode="immediate")
+        finally:
+            shutil.rmtree(self.folder)
 
     def _run(self, program: str, *arguments: str) -> None:
         with open(self.folder / "output", "ab") as output:

@@ -124,7 +124,7 @@ def test_a_watcher_whose_connection_was_cut_says_so_and_catches_up(
         with postgresql_database.read() as connection:
             assert connection.execute(text(f"SELECT pg_terminate_backend(pid, 5000) {LISTENERS}")).all() == [(True,)]
         registry.register_base(BASE, ANNA)
-        with pytest.raises(StoreUnavailable, match="closed the connection|terminating connection"):
+        with pytest.raises(StoreUnavailable, match=r"closed the connection|terminating connection"):
             watcher.wait(5.0)
         assert watcher.wait(5.0)
         assert watcher.sequence == 1

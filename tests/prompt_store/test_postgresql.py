@@ -79,7 +79,7 @@ def test_a_user_without_rights_is_told_what_to_grant(postgresql: Server, empty_p
         url = make_url(empty_postgresql).set(username=name, password="hush").render_as_string(hide_password=False)
         with Database.open(url) as database:
             assert Registry(database).bases() == []
-            with pytest.raises(StoreUnavailable, match="permission denied .* grant the user the right") as caught:
+            with pytest.raises(StoreUnavailable, match=r"permission denied .* grant the user the right") as caught:
                 Registry(database).register_base(BASE, ANNA)
         assert "hush" not in "".join(traceback.format_exception(caught.value))
     finally:
