@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import event
+from sqlalchemy import event, update
 
 from prompt_store.database import Database
 from prompt_store.errors import Conflict
 from prompt_store.prompts.registry import NewVersion, Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
+from prompt_store.tables import tasks
 from tests.prompt_store.building import ANNA, BASE, prompt, publish
 
 
@@ -64,6 +65,14 @@ def move_as_expected(location: str, start: Barrier, number: int, count: int, los
                 else:
                     break
     lost.send(losses)
+
+
+def hold_a_write(location: str, inside: Event, go: Event) -> None:
+    """Stays within a writing transaction until it may go on to its commit."""
+    with Database.open(location) as database, database.write() as connection:
+        connection.execute(update(tasks).values(last_version=tasks.c.last_version + 1000))
+        inside.set()
+        go.wait()
 
 
 def open_at_once(location: str, start: Barrier, answers: Connection) -> None:
