@@ -6,7 +6,7 @@ StoreError                  every message gives the fact and the remedy
 │   ├── UnknownVersion
 │   ├── UnknownAlias
 │   └── UnknownBase
-├── InvalidName             a task, alias, selector or model name outside the grammar
+├── InvalidName             a task, alias, selector, model name, key or cursor outside the grammar
 ├── InvalidTask             a task document that contradicts itself
 ├── InvalidInputs           fields missing from, or unknown to, a task's template
 ├── InvalidArtifact         unacceptable content: bytes, shape, dtype, NaN, report
@@ -14,7 +14,8 @@ StoreError                  every message gives the fact and the remedy
 ├── BaseMismatch            a soft prompt that does not fit the base it names
 ├── InvalidRoute            a route document that contradicts itself
 ├── Conflict                what the store holds now does not allow it, as a lost compare-and-set; .current is that
-│   └── InUse               a version that something needs; .users says what
+│   ├── InUse               a version that something needs; .users says what
+│   └── KeyReused           an idempotency key that came with another request before
 ├── NotYetSupported         a reserved shape that nothing serves yet
 ├── SchemaMismatch          a database or document that this code cannot read
 └── StoreUnavailable        busy, full, read-only, missing or damaged database file
@@ -121,6 +122,10 @@ class InUse(Conflict):
         self.users = users
 
 
+class KeyReused(Conflict):
+    pass
+
+
 class NotYetSupported(StoreError):
     pass
 
@@ -130,7 +135,7 @@ class SchemaMismatch(StoreError):
 
 
 class StoreUnavailable(StoreError):
-    pass
+    retry_after_s: ClassVar[float] = 2.0
 
 
 def _revived(kind: type[StoreError], message: str, state: dict[str, Any]) -> StoreError:

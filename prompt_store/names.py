@@ -5,13 +5,14 @@
     selector  v7 | a SHA-256 in hexadecimal or at least its first 8 digits | an alias
     model     task | task@selector | ft:<id at a remote provider>
 
-Aliases exclude what looks like a number or digest so that a selector always reads one way.
+Aliases exclude what looks like a number or digest so that a selector always reads one way. Notes, tags and reasons are
+free text, as far as a database can hold it.
 """
 
 import re
 from dataclasses import dataclass
 
-from prompt_store.errors import InvalidName
+from prompt_store.errors import InvalidArtifact, InvalidName
 
 SHORTEST_DIGEST_PREFIX = 8
 
@@ -21,6 +22,7 @@ _LOOKS_NUMBERED = re.compile(r"v[0-9]+")
 _DIGEST = re.compile(rf"[0-9a-f]{{{SHORTEST_DIGEST_PREFIX},64}}")
 _LOOKS_HEX = re.compile(r"[0-9a-f]{6,}")
 _REMOTE = re.compile(r"ft:[A-Za-z0-9][A-Za-z0-9._:/+-]{0,250}")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _LONGEST_SHOWN = 80
 
 
@@ -123,6 +125,18 @@ def parse_model_name(text: str) -> ModelName:
         return TaskModel(task)
     parse_selector(selector)
     return TaskModel(task, selector)
+
+
+def is_digest(text: str) -> bool:
+    """Whether `text` is a whole SHA-256 in hexadecimal."""
+    return len(text) == 64 and _DIGEST.fullmatch(text) is not None
+
+
+def check_text(what: str, text: str) -> str:
+    """Returns `text`. Raises InvalidArtifact for what a database cannot hold: NUL, and half of a surrogate pair."""
+    if _NO_TEXT.search(text):
+        raise InvalidArtifact(f"the {what} {_shown(text)} holds NUL or half a character; remove it")
+    return text
 
 
 def _shown(text: str) -> str:

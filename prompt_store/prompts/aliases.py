@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 from prompt_store.access import Principal
 from prompt_store.changes import record
 from prompt_store.errors import Conflict, UnknownAlias
-from prompt_store.names import check_alias
+from prompt_store.names import check_alias, is_digest
 from prompt_store.prompts.lookup import find_digest
 from prompt_store.prompts.revisions import require_task
 from prompt_store.routes import DirectRoute, read_route, route_selectors
@@ -221,8 +221,7 @@ def read_alias_history(connection: Connection, task: str, alias: str) -> list[Al
         .order_by(alias_moves.c.sequence)
     ).all()
     if not rows:
-        known = connection.execute(select(alias_moves.c.alias).where(alias_moves.c.task == task).distinct()).scalars()
-        raise UnknownAlias(alias, known, where=f" of task {task!r}")
+        raise no_such_alias(connection, task, alias)
     return [AliasMove(**row._mapping) for row in rows]
 
 
@@ -230,8 +229,15 @@ def _read_alias(connection: Connection, task: str, alias: str) -> Alias:
     return next(entry for entry in read_aliases(connection, task) if entry.name == alias)
 
 
+def no_such_alias(connection: Connection, task: str, alias: str) -> UnknownAlias:
+    known = connection.execute(select(alias_moves.c.alias).where(alias_moves.c.task == task).distinct()).scalars()
+    return UnknownAlias(alias, known, where=f" of task {task!r}")
+
+
 def _expected_digest(connection: Connection, task: str, expected: str | Unset | None) -> str | Unset | None:
-    return find_digest(connection, task, expected) if isinstance(expected, str) else expected
+    # A whole digest may be that of a version that was deleted since: then the comparison fails, not the search.
+    named = isinstance(expected, str) and not is_digest(expected)
+    return find_digest(connection, task, expected) if named else expected
 
 
 def _compare(connection: Connection, task: str, alias: str, expected: str | Unset | None) -> str | None:

@@ -5,16 +5,22 @@ StoreUnavailable, and those that take a task UnknownTask.
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar, cast
 
-from prompt_store import routes
+from pydantic import BaseModel, TypeAdapter
+from sqlalchemy import Connection
+
+from prompt_store import idempotency, routes
 from prompt_store.access import Principal
 from prompt_store.changes import Change, ChangeWatcher, read_changes
 from prompt_store.database import Database
-from prompt_store.names import AliasSelector, parse_selector
-from prompt_store.prompts import aliases, bases, deleting, lookup, publishing, revisions
+from prompt_store.names import AliasSelector, check_text, parse_selector
+from prompt_store.prompts import aliases, bases, deleting, listing, lookup, publishing, revisions
 from prompt_store.prompts.aliases import UNSET, Alias, AliasMove, Unset
 from prompt_store.prompts.bases import CarriedBase
+from prompt_store.prompts.listing import ListedVersion, MovePage, VersionPage
 from prompt_store.prompts.lookup import Evidence
 from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.publishing import NewVersion, Published
@@ -22,6 +28,7 @@ from prompt_store.prompts.revisions import TaskRevision
 from prompt_store.prompts.snapshot import StoreSnapshot, TaskSnapshot, read_snapshot
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Task
+from prompt_store.prompts.tensor_file import Tensor
 from prompt_store.prompts.unreadable import UnreadableVersion
 from prompt_store.prompts.version import BaseDescription, PromptVersion
 from prompt_store.routes import DirectRoute, Route, RouteRevision
@@ -37,6 +44,8 @@ __all__ = [
     "ChangeWatcher",
     "Collection",
     "Evidence",
+    "ListedVersion",
+    "MovePage",
     "NewVersion",
     "Published",
     "Registry",
@@ -44,7 +53,12 @@ __all__ = [
     "TaskRevision",
     "TaskSnapshot",
     "Unset",
+    "VersionPage",
 ]
+
+
+Moved = TypeVar("Moved", bound=Alias | None)
+_MOVED: TypeAdapter[Alias | None] = TypeAdapter(Alias | None)
 
 
 def utc_now() -> datetime:
@@ -99,17 +113,63 @@ class Registry:
         with self.database.read() as connection:
             return revisions.current_revisions(connection)
 
-    def publish(self, new: NewVersion, alias: str | None, reason: str, principal: Principal) -> Published:
+    def publish(
+        self,
+        new: NewVersion,
+        alias: str | None,
+        reason: str,
+        principal: Principal,
+        *,
+        idempotency_key: str | None = None,
+    ) -> Published:
         """Checks everything, then writes version, tensors, audit entry, change and alias in one transaction.
 
         The same content twice is one version: the second time only the alias moves, and the first publisher's report,
         notes and provenance stay. Raises UnknownTask, UnknownBase, BaseMismatch, InvalidArtifact, InvalidName or
-        NotYetSupported, all before anything is written.
+        NotYetSupported, all before anything is written. A key that this principal used for the same request before
+        brings the same answer again, and KeyReused for another.
         """
+        check_text("reason", reason)
+        asked = idempotency.asked(
+            idempotency_key, principal, {"action": "publish", "alias": alias, "reason": reason, **_plain(new)}
+        )
         with self.database.read() as connection:
+            done = idempotency.answer_to(connection, asked, self._now())
+            if done is not None:
+                return _published_before(connection, done)
             prepared = publishing.prepare(connection, new, alias)
         with self.database.write() as connection:
-            return publishing.write(connection, prepared, alias, reason, principal, self._now())
+            at = self._now()
+            # Somebody may have done the same request meanwhile.
+            done = idempotency.answer_to(connection, asked, at)
+            if done is not None:
+                return _published_before(connection, done)
+            published = publishing.write(connection, prepared, alias, reason, principal, at)
+            answer = {"version": published.version.digest, "created": published.created}
+            idempotency.keep_answer(connection, asked, answer, at)
+            return published
+
+    def page(
+        self,
+        *,
+        task: str | None = None,
+        kind: str | None = None,
+        base: str | None = None,
+        tag: str | None = None,
+        alias: str | None = None,
+        after: str | None = None,
+        limit: int = listing.DEFAULT_PAGE,
+    ) -> VersionPage:
+        """Versions by task, newest first, with the aliases that point at them; see `listing.page_versions`."""
+        with self.database.read() as connection:
+            return listing.page_versions(
+                connection, task=task, kind=kind, base=base, tag=tag, alias=alias, after=after, limit=limit
+            )
+
+    def version_counts(self, task: str) -> dict[str, int]:
+        """How many versions of each kind the task has."""
+        with self.database.read() as connection:
+            return listing.count_versions(connection, task)
 
     def version(self, task: str, selector: str) -> PromptVersion:
         """By alias, `v7`, digest or digest prefix. Raises UnknownVersion or UnknownAlias naming the nearest."""
@@ -148,22 +208,96 @@ class Registry:
         expected: str | Unset | None = UNSET,
         reason: str,
         principal: Principal,
+        idempotency_key: str | None = None,
     ) -> Alias:
         """Compare-and-set: `expected` is where the alias must point now (a digest or `v7`), None for nowhere.
 
         Raises Conflict saying where it points instead; UnknownVersion, UnknownAlias and InvalidName as `version`.
         """
-        with self.database.write() as connection:
+
+        def move(connection: Connection, at: datetime) -> Alias:
             return aliases.move_alias(
-                connection,
-                task,
-                alias,
-                selector,
-                expected=expected,
-                reason=reason,
-                principal=principal,
-                at=self._now(),
+                connection, task, alias, selector, expected=expected, reason=reason, principal=principal, at=at
             )
+
+        return self._move(move, "move", task, alias, selector, expected, reason, principal, idempotency_key)
+
+    def rollback_alias(
+        self,
+        task: str,
+        alias: str,
+        *,
+        expected: str | Unset | None = UNSET,
+        reason: str,
+        principal: Principal,
+        idempotency_key: str | None = None,
+    ) -> Alias:
+        """Takes the alias back to its previous target; a second time, to the one before that.
+
+        Compare-and-set, as `move_alias`. Raises Conflict when `expected` does not hold, when there is no previous
+        target or it was deleted; UnknownAlias.
+        """
+
+        def move(connection: Connection, at: datetime) -> Alias:
+            return aliases.rollback_alias(
+                connection, task, alias, expected=expected, reason=reason, principal=principal, at=at
+            )
+
+        return self._move(move, "rollback", task, alias, None, expected, reason, principal, idempotency_key)
+
+    def remove_alias(
+        self,
+        task: str,
+        alias: str,
+        *,
+        expected: str | Unset | None = UNSET,
+        reason: str,
+        principal: Principal,
+        idempotency_key: str | None = None,
+    ) -> None:
+        """Compare-and-set, as `move_alias`; the history stays.
+
+        Raises Conflict when `expected` does not hold or an applied route names the alias; UnknownAlias.
+        """
+
+        def move(connection: Connection, at: datetime) -> None:
+            aliases.remove_alias(connection, task, alias, expected=expected, reason=reason, principal=principal, at=at)
+
+        self._move(move, "remove", task, alias, None, expected, reason, principal, idempotency_key)
+
+    def _move(
+        self,
+        move: Callable[[Connection, datetime], Moved],
+        action: str,
+        task: str,
+        alias: str,
+        selector: str | None,
+        expected: str | Unset | None,
+        reason: str,
+        principal: Principal,
+        idempotency_key: str | None,
+    ) -> Moved:
+        """Moves an alias in one transaction, once for each idempotency key."""
+        check_text("reason", reason)
+        request = {
+            "action": action,
+            "task": task,
+            "alias": alias,
+            "selector": selector,
+            "expected": [] if isinstance(expected, Unset) else [expected],
+            "reason": reason,
+        }
+        asked = idempotency.asked(idempotency_key, principal, request)
+        with self.database.write() as connection:
+            at = self._now()
+            done = idempotency.answer_to(connection, asked, at)
+            if done is not None:
+                # The action is part of the request, so what it was answered is of its type.
+                return cast(Moved, _MOVED.validate_python(done["alias"]))
+            moved = move(connection, at)
+            answer = {"alias": _MOVED.dump_python(moved, mode="json")}
+            idempotency.keep_answer(connection, asked, answer, at)
+            return moved
 
     def aliases(self, task: str) -> list[Alias]:
         with self.database.read() as connection:
@@ -173,6 +307,13 @@ class Registry:
         """Oldest first."""
         with self.database.read() as connection:
             return aliases.read_alias_history(connection, task, alias)
+
+    def alias_moves(
+        self, task: str, alias: str, *, after: str | None = None, limit: int = listing.DEFAULT_PAGE
+    ) -> MovePage:
+        """Newest first, page by page. Raises UnknownAlias."""
+        with self.database.read() as connection:
+            return listing.page_moves(connection, task, alias, after=after, limit=limit)
 
     def apply_route(self, task: str, route: Route, principal: Principal) -> RouteRevision:
         """Puts a route in force. An alias in it may be set later; a number or digest must exist now.
@@ -213,36 +354,11 @@ class Registry:
         with self.database.read() as connection:
             return read_snapshot(connection, previous)
 
-    def rollback_alias(
-        self, task: str, alias: str, *, expected: str | Unset | None = UNSET, reason: str, principal: Principal
-    ) -> Alias:
-        """Takes the alias back to its previous target; a second time, to the one before that.
-
-        Compare-and-set, as `move_alias`. Raises Conflict when `expected` does not hold, when there is no previous
-        target or it was deleted; UnknownAlias.
-        """
-        with self.database.write() as connection:
-            return aliases.rollback_alias(
-                connection, task, alias, expected=expected, reason=reason, principal=principal, at=self._now()
-            )
-
     def rollback_target(self, task: str, alias: str) -> str | None:
         """The digest that `rollback_alias` would return an existing alias to; None where it would be refused."""
         with self.database.read() as connection:
             revisions.require_task(connection, task)
             return aliases.read_rollback_targets(connection, task).get((task, alias))
-
-    def remove_alias(
-        self, task: str, alias: str, *, expected: str | Unset | None = UNSET, reason: str, principal: Principal
-    ) -> None:
-        """Compare-and-set, as `move_alias`; the history stays.
-
-        Raises Conflict when `expected` does not hold or an applied route names the alias; UnknownAlias.
-        """
-        with self.database.write() as connection:
-            aliases.remove_alias(
-                connection, task, alias, expected=expected, reason=reason, principal=principal, at=self._now()
-            )
 
     def delete_version(self, task: str, selector: str, *, reason: str, principal: Principal) -> PromptVersion:
         """Removes a version and the tensors that it alone had; returns what it was. Its number is not given again.
@@ -262,3 +378,19 @@ class Registry:
     def collect(self, grace: timedelta, principal: Principal, reason: str) -> Collection:
         """Removes what nothing has named for as long as `grace`, in several short transactions; tells what went."""
         return collecting.collect(self.database, grace, reason=reason, principal=principal, now=self._now())
+
+
+def _plain(new: NewVersion) -> dict[str, Any]:
+    """All that is asked with a new version as JSON values, tensors by their digests."""
+
+    def value(given: Any) -> Any:
+        if isinstance(given, Tensor):
+            return given.digest
+        return given.model_dump(mode="json") if isinstance(given, BaseModel) else given
+
+    return {field.name: value(getattr(new, field.name)) for field in fields(new)}
+
+
+def _published_before(connection: Connection, answer: dict[str, Any]) -> Published:
+    """Raises UnknownVersion where the version was deleted since."""
+    return Published(lookup.read_version(connection, answer["version"]), answer["created"])

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 from prompt_store.access import Principal
 from prompt_store.changes import record
 from prompt_store.errors import SchemaMismatch, UnknownTask, UnknownVersion
+from prompt_store.names import check_task_name
 from prompt_store.prompts.task import Task
 from prompt_store.tables import task_revisions, tasks
 
@@ -72,7 +73,8 @@ def apply_task(connection: Connection, task: Task, principal: Principal, at: dat
 
 
 def current_revision(connection: Connection, task: str) -> TaskRevision:
-    """Raises UnknownTask naming the nearest."""
+    """Raises UnknownTask naming the nearest, or InvalidName."""
+    check_task_name(task)
     row = connection.execute(
         select(task_revisions)
         .join(tasks, tasks.c.current_revision == task_revisions.c.digest)
@@ -106,7 +108,8 @@ def unknown_task(connection: Connection, task: str) -> UnknownTask:
 
 
 def require_task(connection: Connection, task: str) -> None:
-    """Raises UnknownTask naming the nearest."""
+    """Raises UnknownTask naming the nearest, or InvalidName."""
+    check_task_name(task)
     if connection.execute(select(tasks.c.name).where(tasks.c.name == task)).one_or_none() is None:
         raise unknown_task(connection, task)
 

@@ -47,6 +47,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     store.InvalidRoute: (400, INVALID, "invalid_route"),
     store.Conflict: (409, INVALID, "conflict"),
     store.InUse: (409, INVALID, "version_in_use"),
+    store.KeyReused: (422, INVALID, "idempotency_key_reused"),
     store.NotYetSupported: (400, INVALID, "not_supported"),
     store.SchemaMismatch: (500, UNAVAILABLE, "schema_mismatch"),
     store.StoreUnavailable: (503, UNAVAILABLE, "store_unavailable"),
