@@ -26,10 +26,12 @@ from service.api.answers import (
     answer_error,
     answer_http_error,
     answer_unreadable,
-    require_json,
 )
+from service.api.bodies import require_content_type
 from service.api.openai import OpenAIController
 from service.api.operations import live, ready, ready_for_writes, scrape
+from service.api.prompt_aliases import AliasController
+from service.api.prompts import BodyLimits, PromptController, list_bases
 from service.api.tasks import TaskController
 from service.catalog import Catalog
 from service.engines.base import Engine
@@ -86,6 +88,7 @@ def create_app(
     metrics.store_reachable.set_function(lambda: catalog.store_reachable)
     metrics.damaged_versions.set_function(lambda: catalog.damage.versions)
     metrics.aliases_fallen_back.set_function(lambda: catalog.damage.fallen_back)
+    limits = BodyLimits(settings.server.max_body_bytes, settings.server.max_prompt_bytes)
     router = Router(catalog, engines, metrics, database.signing_key())
 
     async def run() -> None:
@@ -116,14 +119,26 @@ def create_app(
 
     return Litestar(
         state=State({"drain": drain}),
-        route_handlers=[OpenAIController, TaskController, live, ready, ready_for_writes, scrape],
+        route_handlers=[
+            OpenAIController,
+            TaskController,
+            PromptController,
+            AliasController,
+            list_bases,
+            live,
+            ready,
+            ready_for_writes,
+            scrape,
+        ],
         dependencies={
             "catalog": Provide(lambda: catalog, sync_to_thread=False),
             "router": Provide(lambda: router, sync_to_thread=False),
+            "registry": Provide(lambda: registry, sync_to_thread=False),
+            "limits": Provide(lambda: limits, sync_to_thread=False),
             "metrics": Provide(lambda: metrics, sync_to_thread=False),
         },
         lifespan=[lifespan],
-        before_request=require_json,
+        before_request=require_content_type,
         exception_handlers={
             StoreError: answer_error,
             EngineError: answer_error,

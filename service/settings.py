@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel as Document
 from pydantic import ConfigDict, Field, ValidationError
 
+from prompt_store.prompts.soft_prompt import MAX_HEADER_BYTES, MAX_SOFT_PROMPT_BYTES
 from service.engines.local.options import EngineOptions, Precision, Quantization
 
 
@@ -24,12 +25,16 @@ class _Section(Document):
 
 
 class ServerSettings(_Section):
-    """Where the service listens, and how long running requests may take to end after SIGTERM or Ctrl-C."""
+    """Where the service listens, and how long running requests may take to end after SIGTERM or Ctrl-C.
+
+    `max_prompt_bytes` is the largest safetensors file that a publish takes, `max_body_bytes` any other body.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     drain_s: float = Field(20.0, ge=0)
     max_body_bytes: int = Field(2 * 1024 * 1024, ge=1024)
+    max_prompt_bytes: int = Field(MAX_SOFT_PROMPT_BYTES + MAX_HEADER_BYTES + 8, ge=1024)
 
 
 class StoreSettings(_Section):

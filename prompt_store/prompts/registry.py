@@ -303,6 +303,13 @@ class Registry:
         with self.database.read() as connection:
             return aliases.read_aliases(connection, task)
 
+    def alias(self, task: str, alias: str) -> Alias:
+        """Raises UnknownAlias naming the nearest."""
+        known = {entry.name: entry for entry in self.aliases(task)}
+        if alias not in known:
+            raise UnknownAlias(alias, known, where=f" of task {task!r}")
+        return known[alias]
+
     def alias_history(self, task: str, alias: str) -> list[AliasMove]:
         """Oldest first."""
         with self.database.read() as connection:

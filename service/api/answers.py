@@ -19,6 +19,7 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 from pydantic import BaseModel
 
 from prompt_store import errors as store
+from service.api import errors as api
 from service.engines import errors as engine
 from service.routing import errors as routing
 
@@ -66,6 +67,13 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     routing.NotServed: (404, INVALID, "model_not_found"),
     routing.WrongTaskKind: (400, INVALID, "wrong_task_kind"),
     routing.UnknownGeneration: (404, INVALID, "generation_not_found"),
+    api.ApiError: (500, UNAVAILABLE, "internal_error"),
+    api.BodyTooLarge: (413, INVALID, "body_too_large"),
+    api.InvalidBody: (400, INVALID, "invalid_body"),
+    api.InvalidCondition: (400, INVALID, "invalid_condition"),
+    api.PreconditionRequired: (428, INVALID, "precondition_required"),
+    api.PreconditionFailed: (412, INVALID, "precondition_failed"),
+    api.DamagedContent: (500, UNAVAILABLE, "damaged_content"),
 }
 
 
@@ -84,20 +92,36 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-ERRORS: dict[int, ResponseSpec] = {
-    status: ResponseSpec(ErrorBody, description=text, generate_examples=False)
-    for status, text in (
-        (400, "The request is at fault"),
-        (404, "Nothing has that name"),
-        (409, "The version is for another base model"),
-        (413, "The body is too large"),
-        (415, "The body is not JSON"),
-        (429, "Too many requests wait; see retry-after"),
-        (500, "The service failed"),
-        (503, "The engine is away; send the request again"),
-        (504, "The request's own deadline passed"),
-    )
+_MEANINGS: dict[int, str] = {
+    400: "The request is at fault",
+    404: "Nothing has that name",
+    409: "It contradicts what is there: another base model, or something that is in use",
+    412: "The alias does not point where the request expected",
+    413: "The body is too large",
+    415: "The body is of a type that is not taken here",
+    422: "The idempotency key came with another request before",
+    428: "The request must say where it expects the alias to point",
+    429: "Too many requests wait; see retry-after",
+    500: "The service failed",
+    503: "Engine or store is away; send the request again",
+    504: "The request's own deadline passed",
 }
+
+
+def errors(*statuses: int) -> dict[int, ResponseSpec]:
+    """What a handler may answer instead of a success, for its description."""
+    return {
+        status: ResponseSpec(ErrorBody, description=_MEANINGS[status], generate_examples=False) for status in statuses
+    }
+
+
+def success(status: int, body: type[BaseModel]) -> dict[int, ResponseSpec]:
+    """What a handler may answer beside its usual status."""
+    meaning = {200: "It was there already", 201: "It was created"}[status]
+    return {status: ResponseSpec(body, description=meaning, generate_examples=False)}
+
+
+ERRORS = errors(400, 404, 409, 413, 415, 429, 500, 503, 504)
 
 
 def error_body(message: str, kind: str, code: str | None, parameter: str | None = None) -> dict[str, Any]:
@@ -135,6 +159,9 @@ def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> 
     elif problems and isinstance(problems[0], dict):
         parameter = str(problems[0].get("key") or "") or None
         message = f"{parameter or 'the body'}: {problems[0].get('message', message)}"
+    elif error.status_code == 413:
+        limit = request.route_handler.resolve_request_max_body_size()
+        message = f"the body is larger than the limit of {limit} bytes; send less, or raise server.max_body_bytes"
     elif error.status_code == 404:
         message = f"there is nothing at {request.url.path}; /schema lists what there is"
     elif error.status_code == 405:
@@ -149,16 +176,6 @@ def answer_unreadable(_: Request[Any, Any, Any], error: Exception) -> Response[d
     what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "nested too deeply"
     body = error_body(f"the body is {what}; send JSON in UTF-8", INVALID, None)
     return Response(body, status_code=400, media_type=MediaType.JSON)
-
-
-async def require_json(request: Request[Any, Any, Any]) -> None:
-    """Before each request: a body must say that it is JSON, so that no web page can send one without being asked."""
-    given = request.headers.get("content-type", "")
-    if request.method in ("POST", "PUT", "PATCH") and given.partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(
-            status_code=415,
-            detail=f"the content type is '{given}'; send JSON and -H 'content-type: application/json'",
-        )
 
 
 def event(data: Mapping[str, Any]) -> bytes:

@@ -7,15 +7,17 @@ from typing import Any
 
 from litestar import Request
 
-from prompt_store.access import ANONYMOUS
+from prompt_store.access import ANONYMOUS, Principal
 from service.routing.generation import Caller
 
 UNIT_HEADER = "x-softcue-unit"
 
 
-def caller_of(request: Request[Any, Any, Any], unit: str | None) -> Caller:
-    """The caller of a request. Without a unit in body or header, the request is its own unit.
+def principal_of(_: Request[Any, Any, Any]) -> Principal:
+    """There are no API keys yet, so everybody is anonymous."""
+    return ANONYMOUS
 
-    There are no API keys yet, so everybody is anonymous.
-    """
-    return Caller(ANONYMOUS, unit or request.headers.get(UNIT_HEADER) or secrets.token_hex(8))
+
+def caller_of(request: Request[Any, Any, Any], unit: str | None) -> Caller:
+    """The caller of a request. Without a unit in body or header, the request is its own unit."""
+    return Caller(principal_of(request), unit or request.headers.get(UNIT_HEADER) or secrets.token_hex(8))

@@ -8,6 +8,7 @@ import pytest
 
 from prompt_store.errors import StoreError
 from service.api.answers import STATUS, EventStream, describe
+from service.api.errors import ApiError
 from service.engines.errors import EngineError, GenerationFailed, QueueFull
 from service.routing.errors import RoutingError
 
@@ -21,7 +22,7 @@ def every(error: type[Exception]) -> Iterator[type[Exception]]:
 def test_every_error_of_ours_has_a_status() -> None:
     ours = {
         error
-        for tree in (StoreError, EngineError, RoutingError)
+        for tree in (StoreError, EngineError, RoutingError, ApiError)
         for error in every(tree)
         if error.__module__.split(".")[0] in ("prompt_store", "service")
     }

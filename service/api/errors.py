@@ -1,0 +1,42 @@
+"""What HTTP alone refuses; `answers.STATUS` says how.
+
+ApiError
+├── BodyTooLarge            over the limit of its kind of body
+├── InvalidBody             not what its content type promises; .parameter names the field
+├── InvalidCondition        If-Match or If-None-Match that nothing here can have
+├── PreconditionRequired    an alias moved by somebody who does not say where it points
+├── PreconditionFailed      an alias that points elsewhere, or not at all
+└── DamagedContent          what the store holds is no longer what was stored
+"""
+
+from __future__ import annotations
+
+
+class ApiError(Exception):
+    """`str(error)` gives fact and remedy, fit to show."""
+
+
+class BodyTooLarge(ApiError):
+    pass
+
+
+class InvalidBody(ApiError):
+    def __init__(self, message: str, parameter: str | None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class InvalidCondition(ApiError):
+    pass
+
+
+class PreconditionRequired(ApiError):
+    pass
+
+
+class PreconditionFailed(ApiError):
+    pass
+
+
+class DamagedContent(ApiError):
+    pass
