@@ -28,6 +28,7 @@ from service.api.answers import (
     answer_unreadable,
 )
 from service.api.bodies import require_content_type
+from service.api.description import VariadicTuples
 from service.api.openai import OpenAIController
 from service.api.operations import live, ready, ready_for_writes, scrape
 from service.api.prompt_aliases import AliasController
@@ -155,6 +156,7 @@ def create_app(
             path="/schema",
             render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"]), YamlRenderPlugin()],
         ),
+        plugins=[VariadicTuples()],
         logging_config=None,
         request_max_body_size=settings.server.max_body_bytes,
     )

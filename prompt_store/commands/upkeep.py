@@ -22,6 +22,7 @@ from prompt_store.commands.printing import print_json, print_table, size
 
 if TYPE_CHECKING:
     from prompt_store.upkeep.collecting import Collection
+    from prompt_store.upkeep.problems import Checked
 
 app = typer.Typer()
 
@@ -49,11 +50,7 @@ def verify(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> N
             document = {"whole": not problems, "checked": asdict(checked)}
             print_json({**document, "problems": [asdict(problem) for problem in problems]})
         else:
-            what = (
-                f"{checked.tasks} tasks, {checked.versions} versions, {checked.tensors} tensors "
-                f"({size(checked.size_bytes)}), {checked.aliases} aliases, {checked.changes} changes"
-            )
-            typer.echo(f"{what}: {f'{len(problems)} problems' if problems else 'whole'}")
+            typer.echo(f"{_in_words(checked)}: {f'{len(problems)} problems' if problems else 'whole'}")
     if problems:
         raise typer.Exit(1)
 
@@ -65,14 +62,18 @@ def backup(
     as_json: JsonOption = False,
 ) -> None:
     """Write the whole store, as of one moment, to one file, and check it."""
+    from dataclasses import asdict
+
     from prompt_store.upkeep.backup import back_up_store
 
     with opened(store) as registry:
         made = back_up_store(registry.database, file)
         if as_json:
-            print_json(_backup_document(made))
+            print_json({"file": str(file), "size_bytes": made.size_bytes, **asdict(made.checked)})
             return
-        typer.echo(f"{file} holds {_contents(made)}, checked; it also holds the store's signing key, so keep it safe")
+        typer.echo(
+            f"{file} holds {_in_words(made.checked)}, checked; it also holds the store's signing key, so keep it safe"
+        )
         typer.echo(f"`softcue prompts restore {file} --store NEW` brings it back; `--store {file}` looks into it")
 
 
@@ -83,14 +84,16 @@ def restore(
     as_json: JsonOption = False,
 ) -> None:
     """Fill an empty store from a backup, checked before and after."""
+    from dataclasses import asdict
+
     from prompt_store.upkeep.backup import restore_store
 
     with refusals():
-        made = restore_store(file, store)
+        restored = restore_store(file, store)
         if as_json:
-            print_json(_backup_document(made))
+            print_json({"file": str(file), **asdict(restored)})
             return
-        typer.echo(f"restored {_contents(made)}, checked; `softcue prompts list` shows them")
+        typer.echo(f"restored {_in_words(restored)}, checked; `softcue prompts list` shows them")
 
 
 @app.command()
@@ -131,6 +134,13 @@ def gc(
         )
         if not delete and (found.versions or found.tensors):
             typer.echo("add --delete to do it; `softcue prompts backup FILE` keeps a copy")
+
+
+def _in_words(checked: Checked) -> str:
+    return (
+        f"{checked.tasks} tasks, {checked.versions} versions, {checked.tensors} tensors ({size(checked.size_bytes)}), "
+        f"{checked.aliases} aliases and {checked.changes} changes"
+    )
 
 
 def _collection_document(found: Collection, *, deleted: bool) -> dict[str, Any]:

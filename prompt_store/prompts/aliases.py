@@ -236,8 +236,9 @@ def no_such_alias(connection: Connection, task: str, alias: str) -> UnknownAlias
 
 def _expected_digest(connection: Connection, task: str, expected: str | Unset | None) -> str | Unset | None:
     # A whole digest may be that of a version that was deleted since: then the comparison fails, not the search.
-    named = isinstance(expected, str) and not is_digest(expected)
-    return find_digest(connection, task, expected) if named else expected
+    if isinstance(expected, str) and not is_digest(expected):
+        return find_digest(connection, task, expected)
+    return expected
 
 
 def _compare(connection: Connection, task: str, alias: str, expected: str | Unset | None) -> str | None:

@@ -12,11 +12,11 @@ from sqlalchemy import Connection, delete, select
 
 from prompt_store.access import Principal
 from prompt_store.changes import record
-from prompt_store.errors import InUse
+from prompt_store.errors import InUse, SchemaMismatch
 from prompt_store.names import AliasSelector, DigestSelector, NumberSelector, parse_selector
 from prompt_store.prompts.aliases import VERSION_DELETED
 from prompt_store.prompts.lookup import find_version, to_version
-from prompt_store.prompts.unreadable import readable
+from prompt_store.prompts.unreadable import Unreadable
 from prompt_store.prompts.version import EnsemblePayload, PromptVersion
 from prompt_store.routes import Route, read_route, read_routes, route_selectors
 from prompt_store.tables import aliases, tensors, version_tensors, versions
@@ -57,7 +57,9 @@ def read_uses(connection: Connection, task: str | None = None) -> Mapping[str, l
     for row in connection.execute(numbered):
         numbers[row.task][row.number] = row.digest
     for owner, route in routes.items():
-        for selector, digest in _named_by(readable(route), numbers[owner], targets[owner]):
+        if isinstance(route, Unreadable):
+            raise SchemaMismatch(route.reason)
+        for selector, digest in _named_by(route, numbers[owner], targets[owner]):
             uses[digest].append(Use(f"the route in force (by {selector!r})"))
     for stored in connection.execute(compound):
         ensemble = to_version(stored)

@@ -14,8 +14,8 @@ from prompt_store.prompts.aliases import AliasMove, no_such_alias
 from prompt_store.prompts.bases import find_base, read_bases
 from prompt_store.prompts.lookup import to_version
 from prompt_store.prompts.revisions import require_task
-from prompt_store.prompts.version import BaseDescription, PromptVersion
-from prompt_store.tables import alias_moves, aliases, tasks, versions
+from prompt_store.prompts.version import PromptVersion
+from prompt_store.tables import alias_moves, aliases, versions
 
 DEFAULT_PAGE = 50
 LARGEST_PAGE = 200
@@ -49,15 +49,6 @@ class MovePage:
 
     moves: tuple[AliasMove, ...]
     after: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class BaseUse:
-    """A base, how many versions are bound to it, and the tasks without one that is."""
-
-    base: BaseDescription
-    versions: int
-    tasks_without: tuple[str, ...]
 
 
 def page_versions(
@@ -137,29 +128,6 @@ def count_versions(connection: Connection, task: str) -> dict[str, int]:
     require_task(connection, task)
     counts = select(versions.c.kind, func.count()).where(versions.c.task == task).group_by(versions.c.kind)
     return {kind: int(count) for kind, count in connection.execute(counts.order_by(versions.c.kind))}
-
-
-def read_base_uses(connection: Connection) -> list[BaseUse]:
-    """Every base, in the order in which they were registered.
-
-    A text prompt or remote model is bound to none, so a task that has only those is without a version for every base.
-    """
-    counts: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    per_task = select(versions.c.base_fingerprint, versions.c.task, func.count()).where(
-        versions.c.base_fingerprint.is_not(None)
-    )
-    for fingerprint, task, count in connection.execute(per_task.group_by(versions.c.base_fingerprint, versions.c.task)):
-        assert fingerprint is not None
-        counts[fingerprint][task] = int(count)
-    names = connection.execute(select(tasks.c.name).order_by(tasks.c.name)).scalars().all()
-    return [
-        BaseUse(
-            base,
-            versions=sum(counts[base.fingerprint].values()),
-            tasks_without=tuple(name for name in names if name not in counts[base.fingerprint]),
-        )
-        for base in read_bases(connection)
-    ]
 
 
 def _has_tag(connection: Connection, tag: str) -> ColumnElement[bool]:

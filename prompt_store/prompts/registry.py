@@ -16,6 +16,7 @@ from prompt_store import idempotency, routes
 from prompt_store.access import Principal
 from prompt_store.changes import Change, ChangeWatcher, read_changes
 from prompt_store.database import Database
+from prompt_store.errors import UnknownAlias
 from prompt_store.names import AliasSelector, check_text, parse_selector
 from prompt_store.prompts import aliases, bases, deleting, listing, lookup, publishing, revisions
 from prompt_store.prompts.aliases import UNSET, Alias, AliasMove, Unset
@@ -40,6 +41,7 @@ __all__ = [
     "Alias",
     "AliasMove",
     "BaseDescription",
+    "CarriedBase",
     "Change",
     "ChangeWatcher",
     "Collection",

@@ -13,7 +13,7 @@ from prompt_store.errors import StoreError
 from prompt_store.prompts.registry import TaskSnapshot
 from prompt_store.prompts.unreadable import Unreadable, UnreadableVersion
 from prompt_store.prompts.version import PromptVersion
-from service.api.answers import ERRORS, EventStream, unless_disconnected
+from service.api.answers import ERRORS, EventStream, errors, unless_disconnected
 from service.api.callers import caller_of
 from service.api.openai_answers import ChatShape, CompletionShape, Shape
 from service.api.openai_shapes import ChatCompletionBody, CompletionBody, OpenAIBody
@@ -88,7 +88,7 @@ class OpenAIController(Controller):
         """The base model, every task, and every version, the way vLLM lists adapters."""
         return {"object": "list", "data": _models(catalog)}
 
-    @get("/models/{model:path}", responses={404: ERRORS[404]})
+    @get("/models/{model:path}", responses=errors(400, 404))
     async def model(self, model: FromPath[str], catalog: NamedDependency[Catalog]) -> dict[str, Any]:
         """One of them; `task@alias` too."""
         name = model.lstrip("/")

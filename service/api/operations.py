@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from litestar import MediaType, Response, get
+from litestar import Response, get
 from litestar.di import NamedDependency
 
 from service.catalog import Catalog
@@ -42,10 +42,10 @@ async def ready_for_writes(catalog: NamedDependency[Catalog]) -> Response[dict[s
     return Response({"status": _in_words(reachable)}, status_code=200 if reachable else 503)
 
 
-@get("/metrics", tags=["Operations"])
+@get("/metrics", tags=["Operations"], media_type=CONTENT_TYPE)
 async def scrape(metrics: NamedDependency[Metrics]) -> Response[bytes]:
     """Prometheus metrics."""
-    return Response(metrics.render(), media_type=MediaType.TEXT, headers={"content-type": CONTENT_TYPE})
+    return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
 def _in_words(is_ready: bool) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from prompt_store.prompts.registry import (
     Alias,
     AliasMove,
-    BaseUse,
+    CarriedBase,
     ListedVersion,
     MovePage,
     TaskRevision,
@@ -283,10 +283,10 @@ class BaseBody(BaseModel):
     tasks_without: list[str]
 
     @classmethod
-    def of(cls, use: BaseUse) -> Self:
+    def of(cls, carried: CarriedBase) -> Self:
         own = ("object", "versions", "tasks_without")
-        facts = {name: getattr(use.base, name) for name in cls.model_fields if name not in own}
-        return cls(**facts, versions=use.versions, tasks_without=list(use.tasks_without))
+        facts = {name: getattr(carried.base, name) for name in cls.model_fields if name not in own}
+        return cls(**facts, versions=carried.count, tasks_without=list(carried.missing))
 
 
 class BaseListBody(BaseModel):

@@ -207,7 +207,7 @@ class PromptController(Controller):
 @get("/v1/bases", sync_to_thread=True, tags=["Prompts"], responses=errors(503))
 def list_bases(registry: NamedDependency[Registry]) -> BaseListBody:
     """The base models that the store has seen, and which tasks have no version for each."""
-    return BaseListBody(data=[BaseBody.of(use) for use in registry.base_uses()])
+    return BaseListBody(data=[BaseBody.of(carried) for carried in registry.carried_by_bases()])
 
 
 def _from_file(registry: Registry, task: str, data: bytes, stated: _Stated) -> NewVersion:

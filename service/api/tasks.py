@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from prompt_store.prompts.registry import TaskSnapshot
 from prompt_store.prompts.task import Task
 from prompt_store.prompts.unreadable import Unreadable, readable
-from service.api.answers import DONE, ERRORS, EventStream, event, unless_disconnected
+from service.api.answers import DONE, ERRORS, EventStream, errors, event, unless_disconnected
 from service.api.callers import caller_of
 from service.api.openai_answers import usage_body
 from service.api.openai_shapes import SamplingBody
@@ -71,7 +71,7 @@ class TaskController(Controller):
         tasks = [task for _, task in sorted(catalog.snapshot.tasks.items())]
         return {"object": "list", "data": [_task_body(task) for task in tasks]}
 
-    @get("/{task:str}", responses={404: ERRORS[404]})
+    @get("/{task:str}", responses=errors(404))
     async def show_task(self, task: FromPath[str], catalog: NamedDependency[Catalog]) -> dict[str, Any]:
         """One task."""
         found = catalog.task(task)

@@ -1,0 +1,90 @@
+"""Requests made up by schemathesis from our own description, good and bad, sent to a real server on each database.
+
+No answer may be a failure of the service, and each must be one that the description declares. A run is short and always
+the same; SOFTCUE_FUZZ_EXAMPLES=300 makes it long (see `make check-slow`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from service.app import create_app
+from service.engines.base_model import BaseModel
+from service.engines.scripted import ScriptedEngine
+from tests.service.serving import Store, filled
+
+EXAMPLES = int(os.environ.get("SOFTCUE_FUZZ_EXAMPLES", "4"))
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+
+# What is there, so that not every request ends at a name that is not.
+KNOWN = {"task": "copy", "selector": "v1", "alias": "production", "model": "copy"}
+
+
+@contextmanager
+def serving(store: Store) -> Iterator[str]:
+    """The application on a port of its own, in a thread."""
+    ready = threading.Event()
+    app = create_app(store.settings(), engine=ScriptedEngine(), on_ready=lambda _: ready.set())
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        thread.start()
+        try:
+            assert ready.wait(30)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.mark.parametrize("names", ["known names", "any names"])
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_no_request_makes_the_service_fail(
+    location: str, base: BaseModel, names: str, mode: GenerationMode, subtests: pytest.Subtests
+) -> None:
+    store = filled(location, base)
+    with store.registry.database, serving(store) as url:
+        schema = schemathesis.openapi.from_dict(httpx.get(f"{url}/schema/openapi.json").json())
+        for operation in (result.ok() for result in schema.get_all_operations()):
+
+            @settings(
+                max_examples=EXAMPLES,
+                derandomize=True,
+                database=None,
+                deadline=None,
+                phases=[Phase.generate, Phase.shrink],
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def answers_well(case: Case) -> None:
+                known: dict[str, Any] = {key: KNOWN[key] for key in case.path_parameters if key in KNOWN}
+                if names == "known names":
+                    case.path_parameters |= known
+                case.call_and_validate(base_url=url, checks=CHECKS, timeout=30)
+
+            with subtests.test(operation=operation.label):
+                try:
+                    answers_well()
+                except Unsatisfiable:
+                    # Nothing of this operation can be wrong: it has no parameters, or takes any text.
+                    assert mode is GenerationMode.NEGATIVE
