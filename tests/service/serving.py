@@ -100,9 +100,9 @@ class Store:
         self.registry.move_alias(task, "production", digest, reason="a test", principal=ANONYMOUS)
         return self.registry.version(task, digest)
 
-    def settings(self, store: dict[str, Any] | None = None, **server: Any) -> Settings:
+    def settings(self, *, fall_back: bool = False, **server: Any) -> Settings:
         overrides = {
-            "store": {"url": self.location, "poll_s": 0.01, **(store or {})},
+            "store": {"url": self.location, "poll_s": 0.01, "fall_back_when_damaged": fall_back},
             "base": {"path": BASE_FOLDER, "name": "demo-base"},
             "server": {"drain_s": 1, **server},
         }
@@ -133,7 +133,7 @@ def filled(location: str | Path, base: BaseModel) -> Store:
 
 @asynccontextmanager
 async def client_of(store: Store, engine: Engine, **settings: Any) -> AsyncIterator[AsyncTestClient[Any]]:
-    """The ready application, spoken to in this process; settings of the server, and `store` for those of the store."""
+    """The ready application, spoken to in this process; `settings` as in `Store.settings`."""
     app = create_app(store.settings(**settings), engine=engine)
     async with AsyncTestClient(app, raise_server_exceptions=False) as client:
         async with asyncio.timeout(10):

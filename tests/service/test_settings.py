@@ -26,6 +26,15 @@ def test_paths_in_the_file_are_relative_to_it_and_urls_stay(tmp_path: Path) -> N
     settings = load_settings(file, {})
     assert (settings.base.path, settings.store.url) == (tmp_path / "b", str(tmp_path / "../s.db"))
     assert load_settings(write(tmp_path, "[store]\nurl = 'sqlite:///x'\n"), {}).store.url == "sqlite:///x"
+    store = load_settings(write(tmp_path, "[store]\nbackups = 'b'\nfall_back_when_damaged = true\n"), {}).store
+    assert (store.backups, store.fall_back_when_damaged) == (tmp_path / "b", True)
+
+
+def test_a_stores_password_is_not_shown_with_the_settings() -> None:
+    url = "postgresql+psycopg://softcue:secret@db.example/softcue"
+    settings = load_settings(None, {"SOFTCUE_STORE_URL": url})
+    assert settings.store.url == url
+    assert "secret" not in repr(settings)
 
 
 @pytest.mark.parametrize(

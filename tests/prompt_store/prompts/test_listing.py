@@ -134,36 +134,5 @@ def test_versions_are_counted_by_kind(filled: Registry) -> None:
 
 
 def test_bases_say_how_many_versions_they_carry_and_which_tasks_have_none(filled: Registry) -> None:
-    uses = {use.base.name: (use.versions, use.tasks_without) for use in filled.base_uses()}
-    assert uses == {"demo-base": (3, ("support_intents",)), "other-base": (1, ("alpha",))}
-
-
-def test_the_first_page_of_10_000_versions_comes_at_once(registry: Registry) -> None:
-    """At most 20 ms is what `make bench-store` holds it to; here a machine may be busy."""
-    publish(registry)
-    at = datetime.now(UTC)
-    with registry.database.write() as connection:
-        row = connection.execute(versions.select()).one()._asdict()
-        task_row = connection.execute(tasks.select()).one()._asdict()
-        names = [f"task-{number:03}" for number in range(200)]
-        connection.execute(insert(tasks), [{**task_row, "name": name} for name in names])
-        numbered = [
-            (name, number, f"{place:064x}")
-            for place, (name, number) in enumerate((name, number) for name in names for number in range(1, 51))
-        ]
-        connection.execute(
-            insert(versions),
-            [{**row, "task": name, "number": number, "digest": digest} for name, number, digest in numbered],
-        )
-        moved = {"name": "production", "moved_at": at, "principal": "anna"}
-        connection.execute(
-            insert(aliases),
-            [{**moved, "task": name, "version": digest} for name, number, digest in numbered if number == 50],
-        )
-    for filters in ({}, {"task": "task-100"}, {"alias": "production"}, {"kind": "soft_prompt"}, {"base": "demo-base"}):
-        registry.page(**filters)
-        started_s = time.perf_counter()
-        page = registry.page(**filters)
-        taken_s = time.perf_counter() - started_s
-        assert len(page.entries) == 50
-        assert taken_s < 0.2, filters
+    carried = {entry.base.name: (entry.versions, entry.count, entry.missing) for entry in filled.carried_by_bases()}
+    PLACEHOLDER

@@ -2,11 +2,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 
 from prompt_store.errors import (
     Conflict,
+    DamagedArtifact,
     InvalidArtifact,
     InvalidName,
     SchemaMismatch,
@@ -15,11 +17,14 @@ from prompt_store.errors import (
     UnknownTask,
     UnknownVersion,
 )
-from prompt_store.prompts.registry import Registry, TaskSnapshot
+from prompt_store.prompts.prefix import Prefix
+from prompt_store.prompts.registry import Evidence, Registry, TaskSnapshot
 from prompt_store.prompts.task import parse_task
+from prompt_store.prompts.template import Message
+from prompt_store.prompts.version import PrefixPayload, TextPayload
 from prompt_store.routes import DirectRoute
-from prompt_store.tables import versions
-from tests.prompt_store.building import ANNA, BASE, BORIS, OTHER_BASE, publish, task
+from prompt_store.tables import tensors, version_tensors, versions
+from tests.prompt_store.building import ANNA, BASE, BORIS, OTHER_BASE, prompt, publish, task
 
 
 def test_a_base_is_registered_once(empty_registry: Registry) -> None:
@@ -205,3 +210,65 @@ def test_a_document_of_another_release_is_a_schema_mismatch(registry: Registry) 
         connection.exec_driver_sql('UPDATE task_revisions SET document = \'{"name": "support_intents"}\'')
     with pytest.raises(SchemaMismatch, match="revision 1 of task 'support_intents'"):
         registry.task("support_intents")
+
+
+def test_evidence_is_read_when_it_is_asked_for(registry: Registry) -> None:
+    judged = publish(registry, seed=1, report={"accuracy": 0.9}).version
+    bare = publish(registry, seed=2).version
+    with registry.database.write() as connection:
+        connection.execute(update(versions).where(versions.c.digest == judged.digest).values(recipe='{"seed": 7}'))
+    assert registry.evidence(judged.digest) == Evidence({"accuracy": 0.9}, {"seed": 7})
+    assert registry.evidence(bare.digest) == Evidence(None, None)
+    with pytest.raises(UnknownVersion):
+        registry.evidence("0" * 64)
+    with registry.database.write() as connection:
+        connection.execute(update(versions).where(versions.c.digest == judged.digest).values(report="{"))
+    with pytest.raises(SchemaMismatch, match=r"report or recipe of version .* is damaged"):
+        registry.evidence(judged.digest)
+
+
+@pytest.fixture
+def prefixed(registry: Registry) -> tuple[str, Prefix]:
+    """The digest of a version that was made a prefix behind the registry's back, and the prefix."""
+    values = np.random.default_rng(3).normal(size=(2, 2, 1, 5, 8)).astype("<f4")
+    prefix = Prefix("F32", (2, 2, 1, 5, 8), values.tobytes())
+    payload = PrefixPayload(tensors={"prefix": prefix.digest}, dtype="F32", length=5, base_fingerprint=BASE.fingerprint)
+    version = publish(registry).version
+    with registry.database.write() as connection:
+        connection.execute(
+            insert(tensors).values(
+                digest=prefix.digest, dtype="F32", shape="[2,2,1,5,8]", size_bytes=640, data=prefix.data
+            )
+        )
+        connection.execute(update(version_tensors).values(name="prefix", tensor=prefix.digest))
+        connection.execute(update(versions).values(kind="prefix", payload=payload.model_dump_json()))
+    return version.digest, prefix
+
+
+def test_a_prefix_is_read_whole_and_is_no_soft_prompt(registry: Registry, prefixed: tuple[str, Prefix]) -> None:
+    digest, prefix = prefixed
+    assert registry.prompt(digest) == prefix
+    with pytest.raises(InvalidArtifact, match="holds a prefix payload, not a soft prompt"):
+        registry.soft_prompt(digest)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"shape": "[2,2,1,8,5]"}, {"shape": "[2,2,5,8]"}, {"shape": "{"}, {"shape": '"abcde"'}, {"data": b"\x00" * 640}],
+)
+def test_a_prefix_whose_row_was_changed_is_damaged(
+    registry: Registry, prefixed: tuple[str, Prefix], wrong: dict[str, object]
+) -> None:
+    digest, prefix = prefixed
+    with registry.database.write() as connection:
+        connection.execute(update(tensors).where(tensors.c.digest == prefix.digest).values(**wrong))
+    with pytest.raises(DamagedArtifact, match="is damaged on disk"):
+        registry.prompt(digest)
+
+
+def test_a_soft_prompt_is_a_prompt_and_a_text_has_none(registry: Registry) -> None:
+    soft = publish(registry, seed=1).version
+    assert registry.prompt(soft.digest) == registry.soft_prompt(soft.digest) == prompt(1)
+    text = publish(registry, payload_content=TextPayload(messages=(Message(role="user", content="{message}"),)))
+    with pytest.raises(InvalidArtifact, match="holds a text payload"):
+        registry.prompt(text.version.digest)
