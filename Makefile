@@ -1,5 +1,11 @@
 # Softcue's front door. `make run` serves, `make test` tests; both make .venv when it is missing.
 #
+# `make check` is what every change must pass, `make check-slow` what takes minutes more: tests that are short otherwise,
+# made long. Its parts, each a target of its own:
+#   slow-kill-loops       200 publishers killed at random moments on each database, then the whole store checked
+#   slow-fuzz             hundreds of made-up requests to each endpoint, and damaged files to each reader
+#
+#   SKIP="fuzz ..."       parts that `make check-slow` leaves out
 #   PYTHON=python3.12     another interpreter for .venv (3.11 or newer)
 #   TORCH_BACKEND=cpu     install torch through uv for this backend (cpu, cu130, auto, ...) instead of pip's default build
 #   PORT=9000             another port for `make run`
@@ -10,7 +16,10 @@ BIN := .venv/bin
 SOURCES := service prompt_store training tests benchmarks examples softcue.py
 EXAMPLES := support_intents product_copy data_questions
 
-.PHONY: run test check lint types tests tune-examples bench-engine bench-engine-cuda bench-engine-soak bench-engine-peers clean
+SLOW := kill-loops fuzz
+SKIP ?=
+
+.PHONY: run test check lint types tests check-slow $(SLOW:%=slow-%) tune-examples bench-engine bench-engine-cuda bench-engine-soak bench-engine-peers clean
 
 run: .venv/.run
 	@exec $(BIN)/softcue serve --config examples/softcue.toml --port $(PORT)
@@ -26,6 +35,14 @@ lint: .venv/.dev
 
 types: .venv/.dev
 	$(BIN)/mypy
+
+check-slow: $(patsubst %,slow-%,$(filter-out $(SKIP),$(SLOW)))
+
+slow-kill-loops: .venv/.dev
+	SOFTCUE_KILLS=200 $(BIN)/pytest tests/prompt_store/test_kills.py
+
+slow-fuzz: .venv/.dev
+	SOFTCUE_FUZZ_EXAMPLES=300 $(BIN)/pytest tests/test_schema_fuzz.py tests/prompt_store/interchange/test_fuzz.py
 
 # Tunes the three examples again and replaces their committed prompts and reports. The store is a new one, so that the
 # gate holds each against its hand-written text prompt.
