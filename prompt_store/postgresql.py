@@ -205,13 +205,10 @@ class PostgresqlWatch:
                 self._listen(min(left_s, _SLICE_S))
 
     def close(self) -> None:
-        """Ends a `wait` in another thread within a moment; the connection is then closed by that thread."""
+        """Ends a `wait` in another thread within a moment, and waits that long itself."""
         self._closed = True
-        if self._lock.acquire(blocking=False):
-            try:
-                self._drop()
-            finally:
-                self._lock.release()
+        with self._lock:
+            self._drop()
 
     def _listen(self, timeout_s: float) -> None:
         if self._closed:

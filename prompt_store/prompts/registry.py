@@ -100,6 +100,11 @@ class Registry:
         with self.database.write() as connection:
             return revisions.apply_task(connection, task, principal, self._now())
 
+    def add_task_revision(self, task: Task, principal: Principal) -> TaskRevision:
+        """Stores `task` beside the current revision of its name, which stays current; makes a task that is unknown."""
+        with self.database.write() as connection:
+            return revisions.add_task_revision(connection, task, principal, self._now())
+
     def task(self, name: str) -> TaskRevision:
         """The task's current revision."""
         with self.database.read() as connection:

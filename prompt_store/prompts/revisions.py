@@ -46,18 +46,7 @@ def apply_task(connection: Connection, task: Task, principal: Principal, at: dat
     else:
         connection.execute(update(tasks).where(tasks.c.name == task.name).values(current_revision=task.digest))
     if known is None:
-        highest = select(func.coalesce(func.max(task_revisions.c.number), 0)).where(task_revisions.c.task == task.name)
-        connection.execute(
-            insert(task_revisions).values(
-                digest=task.digest,
-                task=task.name,
-                number=int(connection.execute(highest).scalar_one()) + 1,
-                # In the author's order, unlike the digest: answers have a JSON schema's properties in that order.
-                document=json.dumps(task.document(), ensure_ascii=False, separators=(",", ":")),
-                created_at=at,
-                principal=principal.name,
-            )
-        )
+        _insert_revision(connection, task, principal, at)
     revision = read_revision(connection, task.digest)
     record(
         connection,
@@ -68,6 +57,33 @@ def apply_task(connection: Connection, task: Task, principal: Principal, at: dat
         principal=principal,
         at=at,
         details={"revision": revision.number, "previous": row.current_revision if row is not None else None},
+    )
+    return revision
+
+
+def add_task_revision(connection: Connection, task: Task, principal: Principal, at: datetime) -> TaskRevision:
+    """Stores `task` as a revision of its name, so that versions may answer it; which one is current stays.
+
+    A task that the store does not know is made, with this revision as its current one. A revision that is stored
+    already is returned, and nothing is written.
+    """
+    known = connection.execute(select(task_revisions).where(task_revisions.c.digest == task.digest)).one_or_none()
+    if known is not None:
+        return to_revision(known)
+    current = connection.execute(select(tasks.c.current_revision).where(tasks.c.name == task.name)).scalar_one_or_none()
+    if current is None:
+        return apply_task(connection, task, principal, at)
+    _insert_revision(connection, task, principal, at)
+    revision = read_revision(connection, task.digest)
+    record(
+        connection,
+        "task",
+        action="task.add",
+        task=task.name,
+        subject=task.digest,
+        principal=principal,
+        at=at,
+        details={"revision": revision.number, "current": current},
     )
     return revision
 
@@ -124,3 +140,18 @@ def to_revision(row: Row[tuple[object, ...]]) -> TaskRevision:
             f"by this one; upgrade Softcue ({error.error_count()} differences)"
         ) from error
     return TaskRevision(row.number, row.digest, task, row.created_at, row.principal)
+
+
+def _insert_revision(connection: Connection, task: Task, principal: Principal, at: datetime) -> None:
+    highest = select(func.coalesce(func.max(task_revisions.c.number), 0)).where(task_revisions.c.task == task.name)
+    connection.execute(
+        insert(task_revisions).values(
+            digest=task.digest,
+            task=task.name,
+            number=int(connection.execute(highest).scalar_one()) + 1,
+            # In the author's order, unlike the digest: answers have a JSON schema's properties in that order.
+            document=json.dumps(task.document(), ensure_ascii=False, separators=(",", ":")),
+            created_at=at,
+            principal=principal.name,
+        )
+    )

@@ -69,42 +69,43 @@ def work(registry: Registry, first: int, count: int) -> None:
         version = registry.publish(new(seed), "candidate", f"seed {seed}", ANNA).version
         registry.move_alias("support_intents", "production", version.label, reason=f"seed {seed}", principal=ANNA)
         assert registry.soft_prompt(version.digest) == new(seed).payload_content
-        assert registry.snapshot().versions[version.digest] == version
+        assert registry.version("support_intents", version.digest) == version
         print(version.digest, flush=True)
 
 
 def tell(registry: Registry) -> dict[str, Any]:
-    snapshot = registry.snapshot()
+    """What both releases can say of a store."""
+    versions = registry.versions("support_intents")
+    aliases = registry.aliases("support_intents")
     return {
         "signing_key": registry.database.signing_key().hex(),
         "bases": [[base.fingerprint, base.name, base.hidden_size, base.layers] for base in registry.bases()],
-        "revisions": sorted(snapshot.revisions),
-        "tasks": {name: revision.digest for name, revision in snapshot.tasks.items()},
+        "tasks": {revision.task.name: [revision.number, revision.digest] for revision in registry.tasks()},
+        "revisions": sorted({registry.task_revision(version.task_revision).digest for version in versions}),
         "versions": {
-            digest: [
+            version.digest: [
                 version.label,
                 version.task_revision,
                 version.notes,
                 list(version.tags),
-                version.report,
                 version.provenance.recipe_hash,
                 version.provenance.seed,
                 version.created_at.isoformat(),
                 version.principal,
                 version.payload.kind,
-                hashlib.sha256(registry.soft_prompt(digest).data).hexdigest()
+                hashlib.sha256(registry.soft_prompt(version.digest).data).hexdigest()
                 if isinstance(version.payload, SoftPromptPayload)
                 else None,
             ]
-            for digest, version in snapshot.versions.items()
+            for version in versions
         },
-        "aliases": snapshot.aliases,
+        "aliases": {alias.name: [alias.version, alias.number] for alias in aliases},
         "history": [
             [move.sequence, move.previous, move.target, move.reason, move.principal, move.at.isoformat()]
-            for alias in snapshot.aliases["support_intents"]
-            for move in registry.alias_history("support_intents", alias)
+            for alias in aliases
+            for move in registry.alias_history("support_intents", alias.name)
         ],
-        "routes": {name: route.model_dump(mode="json") for name, route in snapshot.routes.items()},
+        "route": registry.route("support_intents").model_dump(mode="json"),
         "changes": [[change.sequence, change.kind, change.subject] for change in registry.changes_since(0)],
     }
 

@@ -120,9 +120,9 @@ def test_a_backup_beside_a_running_publisher_is_of_one_moment(registry: Registry
         publisher.join()
     for number in range(3):
         with Database.open(file.with_name(f"{number}.db"), create=False) as database:
-            snapshot = Registry(database).snapshot()
-            newest = max(snapshot.numbers[TASK])
-            assert newest == 4 or snapshot.aliases[TASK]["candidate"] == snapshot.numbers[TASK][newest]
+            copied = Registry(database).snapshot().tasks[TASK]
+            newest = max(copied.numbers)
+            assert newest == 4 or copied.aliases["candidate"] == copied.numbers[newest]
 
 
 def test_a_store_is_restored_whole_into_either_kind_of_database(registry: Registry, file: Path, target: str) -> None:
@@ -226,7 +226,7 @@ def test_a_backup_of_an_older_schema_is_brought_up_to_date_on_the_way(
     assert backup.read_bytes() == before
     assert list(backup.parent.iterdir()) == [backup]
     with Database.open(target, create=False) as database:
-        assert Registry(database).snapshot().versions == registry.snapshot().versions
+        assert Registry(database).snapshot().tasks[TASK].versions == registry.snapshot().tasks[TASK].versions
 
 
 def test_a_newer_schema_is_neither_backed_up_nor_restored(
