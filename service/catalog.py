@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 _CACHED_NAMES = 4096
 _LONGEST_WAIT_S = 1.0
+_WARMED_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,10 @@ class Catalog:
         self._on_refresh = on_refresh
         self._on_failure = on_failure
         self.damage = Damage(registry, fall_back=fall_back_when_damaged)
+        # Versions that ought to be warm, by tensor digest; those that are, and those that cannot be until the next look.
+        self._wanted: dict[str, PromptVersion] = {}
         self._warmed: set[str] = set()
+        self._left: set[str] = set()
         self._snapshot: StoreSnapshot | None = None
 
     @property
@@ -115,20 +119,27 @@ class Catalog:
         return self._database.healthy
 
     async def load(self) -> None:
-        """Read the store for the first time, and warm what aliases point at. Raises StoreError."""
+        """Read the store for the first time; `follow` then warms what aliases point at. Raises StoreError.
+
+        No tensor is read before requests are served: of a store with many tasks, that would take the start long.
+        """
         await self._in_thread(self._watcher.poll)
-        await self._refresh()
+        self._snapshot = await self._in_thread(self._registry.snapshot)
+        self._wanted = self._pointed_at(self._snapshot)
+        self._on_refresh(self._snapshot.sequence)
 
     async def follow(self) -> None:
         """Follow the store until cancelled. While it cannot be read, the last snapshot keeps serving."""
         failing = False
-        pending = False
+        stale, wait_s = False, 0.0
         while True:
             try:
-                changed = await self._in_thread(self._watcher.wait, self._poll_s if pending else _LONGEST_WAIT_S)
-                if changed or pending or self.damage.noticed:
-                    pending = True
-                    pending = not await self._refresh()
+                changed = await self._in_thread(self._watcher.wait, wait_s)
+                stale = stale or changed or self.damage.noticed
+                if stale:
+                    await self._refresh()
+                    stale = False
+                wait_s = await self._warm_on()
                 if failing:
                     log.warning("the store can be read again")
                     failing = False
@@ -148,24 +159,38 @@ class Catalog:
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
-    async def _refresh(self) -> bool:
-        """Read, warm, swap. False when something could not be warmed for now, so that it is left to be done."""
+    async def _refresh(self) -> None:
+        """Read, warm what is newly pointed at, swap. What was left to be warmed before is `_warm_on`'s."""
         snapshot = await self._in_thread(self._registry.snapshot, self._snapshot)
         await self._in_thread(self.damage.look_again, snapshot)
-        tasks = snapshot.tasks
-        targets = self._to_warm((task, digest) for task in tasks.values() for digest in task.aliases.values())
-        complete = await self._warm(targets)
+        self._left.clear()
+        targets = self._pointed_at(snapshot)
+        await self._warm({digest: targets[digest] for digest in targets.keys() - self._wanted.keys()})
         instead = await self._in_thread(self.damage.find_instead, snapshot)
-        stand_ins = self._to_warm((tasks[task], digest) for (task, _), digest in instead.items())
-        complete = await self._warm(stand_ins) and complete
-        self._snapshot = snapshot
+        stand_ins = self._to_warm((snapshot.tasks[task], digest) for (task, _), digest in instead.items())
+        await self._warm(stand_ins)
+        self._snapshot, self._wanted = snapshot, {**targets, **stand_ins}
         self.damage.use(instead)
         self._on_refresh(snapshot.sequence)
-        unwanted = self._warmed - targets.keys() - stand_ins.keys()
+        unwanted = self._warmed - self._wanted.keys()
         for digest in unwanted:
             await self._engine.release(digest)
         self._warmed -= unwanted
-        return complete
+
+    async def _warm_on(self) -> float:
+        """Warm a few of those that are wanted and are not warm yet; returns how long news may be waited for next."""
+        cold = [
+            digest
+            for digest, version in self._wanted.items()
+            if digest not in self._warmed | self._left and not self.damage.knows(version)
+        ]
+        complete = await self._warm({digest: self._wanted[digest] for digest in cold[:_WARMED_AT_ONCE]})
+        if not complete:
+            return self._poll_s
+        return 0.0 if len(cold) > _WARMED_AT_ONCE else _LONGEST_WAIT_S
+
+    def _pointed_at(self, snapshot: StoreSnapshot) -> dict[str, PromptVersion]:
+        return self._to_warm((task, digest) for task in snapshot.tasks.values() for digest in task.aliases.values())
 
     def _to_warm(self, pointed_at: Iterable[tuple[TaskSnapshot, str]]) -> dict[str, PromptVersion]:
         """Of versions by task and digest, those that this base serves with a tensor, themselves or in an ensemble.
@@ -198,6 +223,7 @@ class Catalog:
             except DamagedArtifact:
                 self._on_failure()
             except (EngineError, StoreError) as error:
+                self._left.add(digest)
                 self._on_failure()
                 log.error("%s@%s cannot be warmed: %s", version.task, version.label, error)
             else:

@@ -122,10 +122,13 @@ def binaries() -> Path | None:
 
 
 @contextmanager
-def running_server(*, own: bool = False) -> Iterator[Server]:
-    """The server for a run of tests; `own` asks for a cluster that may be stopped and broken."""
+def running_server(*, own: bool = False, durable: bool = False) -> Iterator[Server]:
+    """The server for a run of tests; `own` asks for a cluster that may be stopped and broken.
+
+    A `durable` cluster is one of its own that brings every commit to the disk.
+    """
     given = os.environ.get(GIVEN)
-    if given and not own:
+    if given and not own and not durable:
         yield Server(make_url(given))
         return
     folder = binaries()
@@ -134,7 +137,7 @@ def running_server(*, own: bool = False) -> Iterator[Server]:
         if os.environ.get("SOFTCUE_NO_SKIPS"):
             pytest.fail(message)
         pytest.skip(message)
-    cluster = Cluster(folder)
+    cluster = Cluster(folder, durable=durable)
     try:
         yield Server(cluster.url, cluster)
     finally:
