@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 from typer.testing import CliRunner
 
 from prompt_store.commands import app
@@ -12,6 +13,7 @@ from prompt_store.database import Database
 from prompt_store.prompts.artifact import Artifact, write_artifact
 from prompt_store.prompts.registry import Registry
 from prompt_store.prompts.soft_prompt import encode
+from prompt_store.tables import versions
 from tests.prompt_store.building import ANNA, BASE, OTHER_BASE, TASK_TOML, bundle, prompt
 
 
@@ -177,3 +179,16 @@ def test_the_help_text_waits_for_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_lists_show_what_cannot_be_read_and_the_rest(shell: Shell) -> None:
+    for seed in (1, 2):
+        shell.run("publish", "support_intents", shell.artifact(seed, base_fingerprint=BASE.fingerprint))
+    with Database.open(shell.store) as database, database.write() as connection:
+        connection.execute(update(versions).where(versions.c.number == 2).values(payload="{}"))
+    unreadable, whole = shell.json("list")
+    assert (unreadable["version"], whole["version"]) == ("v2", "v1")
+    assert "upgrade Softcue or restore a backup" in unreadable["reason"]
+    assert "unreadable: another release wrote it" in shell.run("list")
+    assert shell.json("tasks")[0]["versions"] == 2
+    assert "version v2 of task" in shell.fail("show", "support_intents@v2")
