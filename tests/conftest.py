@@ -58,6 +58,13 @@ def postgresql() -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def own_postgresql() -> Iterator[Server]:
+    """A PostgreSQL server that tests may stop and break, if they start and mend it again."""
+    with running_server(own=True) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def postgresql_template(postgresql: Server) -> Iterator[str]:
     """The name of a database that holds an empty store, from which others are copied in a moment."""

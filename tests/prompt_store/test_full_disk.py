@@ -10,7 +10,7 @@ import pytest
 from prompt_store.database import Database
 from prompt_store.errors import StoreUnavailable
 from prompt_store.prompts.registry import Registry
-from tests.postgresql import Server, running_server
+from tests.postgresql import Server
 from tests.prompt_store.building import ANNA, BASE, prompt, publish, task
 from tests.prompt_store.consistency import assert_consistent
 from tests.prompt_store.mounting import fill, small_disk
@@ -24,19 +24,13 @@ class Small:
     filler: Path
 
 
-@pytest.fixture(scope="module")
-def own_server() -> Iterator[Server]:
-    with running_server(own=True) as server:
-        yield server
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def small(request: pytest.FixtureRequest) -> Iterator[Small]:
     if request.param == "sqlite":
         with small_disk(2) as disk:
             yield Small(str(disk / "softcue.db"), disk / "filler")
         return
-    server: Server = request.getfixturevalue("own_server")
+    server: Server = request.getfixturevalue("own_postgresql")
     # An empty database takes seven of these.
     with small_disk(20, owner="postgres" if os.getuid() == 0 else None) as disk:
         server.execute(f"CREATE TABLESPACE small LOCATION '{disk}'")

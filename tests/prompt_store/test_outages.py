@@ -12,29 +12,22 @@ from prompt_store.database import Database
 from prompt_store.errors import StoreUnavailable
 from prompt_store.prompts.registry import Registry
 from prompt_store.tables import tasks
-from tests.postgresql import Server, running_server
+from tests.postgresql import Server
 from tests.prompt_store import processes
 from tests.prompt_store.building import ANNA, BASE, prompt, publish, task
 from tests.prompt_store.consistency import assert_consistent
 from tests.prompt_store.processes import finished
 
 
-@pytest.fixture(scope="module")
-def own_server() -> Iterator[Server]:
-    """A cluster that may be stopped."""
-    with running_server(own=True) as server:
-        yield server
-
-
 @pytest.fixture
-def registry_there(own_server: Server) -> Iterator[Registry]:
-    url = own_server.create()
+def registry_there(own_postgresql: Server) -> Iterator[Registry]:
+    url = own_postgresql.create()
     with Database.open(url) as database:
         registry = Registry(database)
         registry.register_base(BASE, ANNA)
         registry.apply_task(task(), ANNA)
         yield registry
-    own_server.drop(url)
+    own_postgresql.drop(url)
 
 
 def write_twice(database: Database, meanwhile: Callable[[], None]) -> None:
@@ -47,11 +40,11 @@ def write_twice(database: Database, meanwhile: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 def test_a_server_that_stops_and_starts_is_used_again_and_nothing_is_lost(
-    own_server: Server, registry_there: Registry, mode: str
+    own_postgresql: Server, registry_there: Registry, mode: str
 ) -> None:
     registry = registry_there
     database = registry.database
-    cluster = own_server.cluster
+    cluster = own_postgresql.cluster
     assert cluster is not None
     first = publish(registry, seed=1, alias="production").version
     with closing(ChangeWatcher(database)) as watcher:
@@ -84,11 +77,22 @@ def test_a_server_that_stops_and_starts_is_used_again_and_nothing_is_lost(
     assert_consistent(database.location)
 
 
+def test_a_restart_that_nobody_saw_fails_nobody(own_postgresql: Server, registry_there: Registry) -> None:
+    registry = registry_there
+    cluster = own_postgresql.cluster
+    assert cluster is not None
+    publish(registry, seed=1, alias="production")
+    cluster.stop(mode="fast")
+    cluster.start()
+    assert publish(registry, seed=2, alias="production").version.label == "v2"
+    assert registry.version("support_intents", "production").label == "v2"
+
+
 def test_a_server_that_crashes_within_a_publish_leaves_all_or_nothing(
-    own_server: Server, registry_there: Registry
+    own_postgresql: Server, registry_there: Registry
 ) -> None:
     registry = registry_there
-    cluster = own_server.cluster
+    cluster = own_postgresql.cluster
     assert cluster is not None
     publish(registry, seed=1, alias="production")
 
@@ -103,12 +107,14 @@ def test_a_server_that_crashes_within_a_publish_leaves_all_or_nothing(
     assert_consistent(registry.database.location)
 
 
-def test_a_connection_cut_within_a_publish_leaves_nothing_of_it(registry_there: Registry, own_server: Server) -> None:
+def test_a_connection_cut_within_a_publish_leaves_nothing_of_it(
+    registry_there: Registry, own_postgresql: Server
+) -> None:
     registry = registry_there
 
     def cut() -> None:
         writers = "FROM pg_stat_activity WHERE state = 'idle in transaction'"
-        assert own_server.execute(f"SELECT pg_terminate_backend(pid, 5000) {writers}") == [(True,)]
+        assert own_postgresql.execute(f"SELECT pg_terminate_backend(pid, 5000) {writers}") == [(True,)]
 
     with pytest.raises(StoreUnavailable, match="cannot be used now: "):
         write_twice(registry.database, cut)
