@@ -96,10 +96,12 @@ class Catalog:
         self._on_refresh = on_refresh
         self._on_failure = on_failure
         self.damage = Damage(registry, fall_back=fall_back_when_damaged)
-        # Versions that ought to be warm, by tensor digest; those that are, and those that cannot be until the next look.
+        # What ought to be warm, by tensor digest; of it, what is and what cannot be before the next look at the store.
         self._wanted: dict[str, PromptVersion] = {}
         self._warmed: set[str] = set()
         self._left: set[str] = set()
+        # Whether what aliases point at, as far as it was read, is warm or known to be at fault.
+        self.settled = False
         self._snapshot: StoreSnapshot | None = None
 
     @property
@@ -137,9 +139,11 @@ class Catalog:
                 changed = await self._in_thread(self._watcher.wait, wait_s)
                 stale = stale or changed or self.damage.noticed
                 if stale:
+                    self.settled = False
                     await self._refresh()
                     stale = False
                 wait_s = await self._warm_on()
+                self.settled = wait_s == _LONGEST_WAIT_S and not self.damage.noticed
                 if failing:
                     log.warning("the store can be read again")
                     failing = False
@@ -179,15 +183,15 @@ class Catalog:
 
     async def _warm_on(self) -> float:
         """Warm a few of those that are wanted and are not warm yet; returns how long news may be waited for next."""
-        cold = [
-            digest
-            for digest, version in self._wanted.items()
-            if digest not in self._warmed | self._left and not self.damage.knows(version)
-        ]
+        cold = self._cold()
         complete = await self._warm({digest: self._wanted[digest] for digest in cold[:_WARMED_AT_ONCE]})
         if not complete:
             return self._poll_s
         return 0.0 if len(cold) > _WARMED_AT_ONCE else _LONGEST_WAIT_S
+
+    def _cold(self) -> list[str]:
+        done = self._warmed | self._left
+        return [d for d, version in self._wanted.items() if d not in done and not self.damage.knows(version)]
 
     def _pointed_at(self, snapshot: StoreSnapshot) -> dict[str, PromptVersion]:
         return self._to_warm((task, digest) for task in snapshot.tasks.values() for digest in task.aliases.values())

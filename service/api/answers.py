@@ -73,7 +73,6 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     api.InvalidCondition: (400, INVALID, "invalid_condition"),
     api.PreconditionRequired: (428, INVALID, "precondition_required"),
     api.PreconditionFailed: (412, INVALID, "precondition_failed"),
-    api.DamagedContent: (500, UNAVAILABLE, "damaged_content"),
 }
 
 

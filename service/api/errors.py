@@ -5,8 +5,7 @@ ApiError
 ├── InvalidBody             not what its content type promises; .parameter names the field
 ├── InvalidCondition        If-Match or If-None-Match that nothing here can have
 ├── PreconditionRequired    an alias moved by somebody who does not say where it points
-├── PreconditionFailed      an alias that points elsewhere, or not at all
-└── DamagedContent          what the store holds is no longer what was stored
+└── PreconditionFailed      an alias that points elsewhere, or not at all
 """
 
 from __future__ import annotations
@@ -35,8 +34,4 @@ class PreconditionRequired(ApiError):
 
 
 class PreconditionFailed(ApiError):
-    pass
-
-
-class DamagedContent(ApiError):
     pass

@@ -22,7 +22,8 @@ async def live() -> dict[str, str]:
 async def ready(catalog: NamedDependency[Catalog], router: NamedDependency[Router]) -> Response[dict[str, Any]]:
     """Requests will be answered: the store has been read and every engine is ready. 503 otherwise.
 
-    `store` says whether the store can be reached now; what was read of it is served without.
+    `store` says whether the store can be reached now; what was read of it is served without. `warm` says whether the
+    prompts that aliases point at are all computed; until they are, first answers take a moment longer.
     """
     states = {name: engine.stats().ready for name, engine in router.engines.items()}
     is_ready = catalog.loaded and all(states.values())
@@ -30,6 +31,7 @@ async def ready(catalog: NamedDependency[Catalog], router: NamedDependency[Route
         "status": _in_words(is_ready),
         "store": catalog.store_reachable,
         "writes": _in_words(catalog.store_reachable),
+        "warm": catalog.settled,
         "backends": states,
     }
     return Response(body, status_code=200 if is_ready else 503)

@@ -30,7 +30,6 @@ from service.api.answers import errors, success
 from service.api.bodies import JSON, SAFETENSORS, bounded_body, content_type, parse_body
 from service.api.callers import principal_of
 from service.api.conditions import etag
-from service.api.errors import DamagedContent
 from service.api.prompt_shapes import (
     BaseBody,
     BaseListBody,
@@ -180,10 +179,7 @@ class PromptController(Controller):
                 where=f" with a tensor in task {task!r}",
                 remedy=f"it is of kind {version.payload.kind}, all of it is in /v1/prompts/{task}/versions/{selector}",
             )
-        try:
-            prompt = registry.prompt(version.digest)
-        except InvalidArtifact as error:
-            raise DamagedContent(str(error)) from error
+        prompt = registry.prompt(version.digest)
         artifact = Artifact(prompt, task, version.base_fingerprint, version.provenance, version.notes)
         headers = {
             "etag": etag(version.digest),

@@ -1,19 +1,15 @@
 """Small real values for the store's tests."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import insert, update
 
-from prompt_store import tables
 from prompt_store.access import Principal
 from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.registry import BaseDescription, NewVersion, Published, Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Task, parse_task
-from prompt_store.prompts.version import Provenance, SoftPromptPayload, version_digest
 
 ANNA = Principal("anna")
 BORIS = Principal("boris")
@@ -78,41 +74,3 @@ def bundle(folder: Path) -> Path:
     inner.mkdir(parents=True)
     (inner / "task.toml").write_text(TASK_TOML)
     return inner
-
-
-def fill(registry: Registry, *, tasks: int, versions: int) -> None:
-    """So many versions over so many tasks, the newest of each in production, written in one go and without tensors."""
-    registry.register_base(BASE, ANNA)
-    revisions = [registry.apply_task(task(f"task-{number}"), ANNA) for number in range(tasks)]
-    rows: list[dict[str, Any]] = []
-    for place in range(versions):
-        revision = revisions[place % tasks]
-        tensor = hashlib.sha256(str(place).encode()).hexdigest()
-        payload = SoftPromptPayload(tensor_digest=tensor, dtype="F32", shape=(4, 16), base_fingerprint=BASE.fingerprint)
-        rows.append(
-            {
-                "digest": version_digest(revision.digest, payload),
-                "task": revision.task.name,
-                "number": place // tasks + 1,
-                "task_revision": revision.digest,
-                "kind": "soft_prompt",
-                "base_fingerprint": BASE.fingerprint,
-                "payload": payload.model_dump_json(),
-                "provenance": Provenance(seed=place, code_version="0.1.0").model_dump_json(),
-                "report": '{"samples": [' + ", ".join(['{"inputs": {}}'] * 100) + "]}",
-                "notes": "",
-                "tags": "[]",
-                "created_at": revision.created_at,
-                "principal": ANNA.name,
-            }
-        )
-    newest = [
-        {**row, "name": "production", "version": row["digest"], "moved_at": row["created_at"]} for row in rows[-tasks:]
-    ]
-    with registry.database.write() as connection:
-        connection.execute(insert(tables.versions), rows)
-        connection.execute(update(tables.tasks).values(last_version=versions // tasks))
-        connection.execute(
-            insert(tables.aliases),
-            [{column.name: row[column.name] for column in tables.aliases.c} for row in newest],
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,16 +11,14 @@ from typing import Any
 
 import numpy as np
 from litestar.testing import AsyncTestClient
-from sqlalchemy import insert, update
 
-from prompt_store import tables
 from prompt_store.access import ANONYMOUS
 from prompt_store.database import Database
 from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.registry import NewVersion, Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Task, parse_task
-from prompt_store.prompts.version import PrefixPayload, PromptVersion, Provenance, TextPayload, version_digest
+from prompt_store.prompts.version import PromptVersion, TextPayload
 from service.app import create_app
 from service.engines.base import Engine
 from service.engines.base_model import BaseModel
@@ -65,40 +62,12 @@ class Store:
         self.registry.apply_task(task, ANONYMOUS)
         return task
 
-    def publish(self, task: str, content: SoftPrompt | TextPayload, alias: str | None = "production") -> PromptVersion:
-        fingerprint = self.base.fingerprint if isinstance(content, SoftPrompt) else None
+    def publish(
+        self, task: str, content: SoftPrompt | Prefix | TextPayload, alias: str | None = "production"
+    ) -> PromptVersion:
+        fingerprint = self.base.fingerprint if isinstance(content, SoftPrompt | Prefix) else None
         new = NewVersion(task=task, payload_content=content, base_fingerprint=fingerprint)
         return self.registry.publish(new, alias, "a test", ANONYMOUS).version
-
-    def publish_prefix(self, task: str, prefix: Prefix) -> PromptVersion:
-        """A prefix in production, as rows: what publishing one writes, version, tensor and their names."""
-        payload = PrefixPayload(
-            tensors={"prefix": prefix.digest}, dtype=prefix.dtype, length=prefix.length,
-            base_fingerprint=self.base.fingerprint,
-        )  # fmt: skip
-        revision, number = self.registry.task(task), len(self.registry.versions(task)) + 1
-        digest = version_digest(revision.digest, payload)
-        with self.registry.database.write() as connection:
-            connection.execute(update(tables.tasks).where(tables.tasks.c.name == task).values(last_version=number))
-            connection.execute(
-                insert(tables.versions).values(
-                    digest=digest, task=task, number=number, task_revision=revision.digest, kind="prefix",
-                    base_fingerprint=self.base.fingerprint, payload=payload.model_dump_json(),
-                    provenance=Provenance().model_dump_json(), notes="", tags="[]",
-                    created_at=revision.created_at, principal=ANONYMOUS.name,
-                )
-            )  # fmt: skip
-            connection.execute(
-                insert(tables.tensors).values(
-                    digest=prefix.digest, dtype=prefix.dtype, shape=json.dumps(prefix.shape),
-                    size_bytes=len(prefix.data), data=prefix.data,
-                )
-            )  # fmt: skip
-            connection.execute(
-                insert(tables.version_tensors).values(version=digest, name="prefix", tensor=prefix.digest)
-            )
-        self.registry.move_alias(task, "production", digest, reason="a test", principal=ANONYMOUS)
-        return self.registry.version(task, digest)
 
     def settings(self, *, fall_back: bool = False, **server: Any) -> Settings:
         overrides = {
@@ -137,6 +106,6 @@ async def client_of(store: Store, engine: Engine, **settings: Any) -> AsyncItera
     app = create_app(store.settings(**settings), engine=engine)
     async with AsyncTestClient(app, raise_server_exceptions=False) as client:
         async with asyncio.timeout(10):
-            while (await client.get("/health/ready")).status_code != 200:  # noqa: ASYNC110 (readiness is asked for)
+            while not (await client.get("/health/ready")).json()["warm"]:  # noqa: ASYNC110 (it is asked for)
                 await asyncio.sleep(0)
         yield client

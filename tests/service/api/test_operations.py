@@ -36,7 +36,7 @@ async def test_a_ready_service_says_so_of_store_writes_and_backends(client: Asyn
     answer = await client.get("/health/ready")
     assert (answer.status_code, answer.json()) == (
         200,
-        {"status": "ready", "store": True, "writes": "ready", "backends": {"local": True}},
+        {"status": "ready", "store": True, "writes": "ready", "warm": True, "backends": {"local": True}},
     )
     writes = await client.get("/health/ready/writes")
     assert (writes.status_code, writes.json()) == (200, {"status": "ready"})

@@ -20,7 +20,7 @@ async def test_a_published_prefix_answers_as_the_engine_does_when_it_is_asked_it
     store = open_store(tmp_path / "store.db", base)
     store.task(COPY)
     prefix = random_prefix(4, length=9)
-    store.publish_prefix("copy", prefix)
+    store.publish("copy", prefix)
     body = {"inputs": {"product": "kettle", "colour": "blue"}, "temperature": 0, "max_tokens": 12}
     chat = {
         "model": "copy",
