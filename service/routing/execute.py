@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from prompt_store.prompts.task import Message, render_messages
-from prompt_store.prompts.template import template_fields
+from prompt_store.prompts.template import fill_in, template_fields
 from prompt_store.prompts.version import EnsemblePayload, TextPayload, Vote
 from service.catalog import Catalog, Target
 from service.engines import ensemble
@@ -106,11 +106,11 @@ class Router:
     def task_prompt(self, target: Target, inputs: Mapping[str, str]) -> Messages:
         """Inputs through the task's template, or through the version's own where it is a text prompt."""
         assert target.task is not None
-        messages = target.task.task.render(inputs)
+        task = target.task.task
         payload = target.version.payload if target.version is not None else None
-        if isinstance(payload, TextPayload):
-            messages = tuple(render_messages(payload.messages, inputs))
-        return Messages(messages)
+        messages = payload.messages if isinstance(payload, TextPayload) else task.messages
+        # A text prompt may leave inputs out; a request brings all of them whichever version answers.
+        return Messages(fill_in(messages, inputs, task.inputs))
 
     def serves(self, target: Target, feature: str) -> bool:
         """Whether the target's backend has a feature, by its name in `required_features`. Raises NotServed."""
