@@ -1,4 +1,4 @@
-"""The command line's front door: `softcue serve | prompts | tune`. Each package brings its own commands."""
+"""The command line's front door: `softcue serve | register-base | prompts | tune`. Each package brings its own commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from prompt_store.commands import app as prompts
-from service.commands import serve
+from service.commands import register_base, serve
 from training.commands import app as tune
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 app.command()(serve)
+app.command("register-base")(register_base)
 
 
 @app.callback(invoke_without_command=True)

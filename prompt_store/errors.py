@@ -70,7 +70,7 @@ class UnknownAlias(NotFound):
 
 class UnknownBase(NotFound):
     what = "base model"
-    remedy = "register it by starting `softcue serve` or `softcue tune` on that base once"
+    remedy = "make it known to this store with `softcue register-base FOLDER`"
 
 
 class InvalidName(StoreError):

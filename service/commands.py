@@ -173,3 +173,28 @@ def _sample_inputs(catalog: Catalog, task: Task, digest: str) -> dict[str, str]:
         if set(sample["inputs"]) == set(task.inputs):
             return dict(sample["inputs"])
     return {field: field for field in task.inputs}
+
+
+def register_base(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the base model.")],
+    name: Annotated[str | None, Option(help="Name to know it by.", show_default="the folder's")] = None,
+    store: Annotated[
+        str, Option("--store", envvar="SOFTCUE_STORE_URL", show_envvar=True, help="Path or URL of the prompt store.")
+    ] = ".softcue/softcue.db",
+) -> None:
+    """Make a base model known to a store, so that prompts for it can be published before it is served."""
+    from prompt_store.access import command_line_principal
+    from prompt_store.database import Database
+    from prompt_store.errors import StoreError
+    from prompt_store.prompts.registry import Registry
+    from service.engines.base_model import open_base_model
+    from service.engines.errors import EngineError
+
+    try:
+        base = open_base_model(folder, name=name).describe()
+        with Database.open(store) as database:
+            Registry(database).register_base(base, command_line_principal())
+    except (StoreError, EngineError) as error:
+        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from None
+    print(f"base '{base.name}' is known by its fingerprint {base.fingerprint[:12]}; `softcue prompts bases` shows it")

@@ -226,7 +226,7 @@ def base_of(registry: Registry, source: str, found: str | None, named: str | Non
             )
         return chosen.fingerprint
     if found is None:
-        known = ", ".join(base.name for base in registry.bases()) or "none; start `softcue serve` on it once"
+        known = ", ".join(base.name for base in registry.bases()) or "none; `softcue register-base FOLDER` adds one"
         raise InvalidArtifact(
             f"{source}: does not say which base model it was made for; name it with --base (the store knows {known})"
         )

@@ -8,12 +8,10 @@ from sqlalchemy import Connection, delete, func, select
 
 from prompt_store.access import Principal
 from prompt_store.database import Database
+from prompt_store.idempotency import LIFETIME
 from prompt_store.prompts.aliases import read_rollback_targets
 from prompt_store.prompts.deleting import Use, erase_version, read_uses
 from prompt_store.tables import alias_moves, idempotency_keys, tensors, version_tensors, versions
-
-# How long a request with an idempotency key may be sent again.
-ANSWERS_KEPT = timedelta(hours=24)
 
 # Publishers wait for each transaction, so it is kept short.
 _VERSIONS_AT_ONCE = 50
@@ -74,7 +72,7 @@ def plan_collection(connection: Connection, grace: timedelta, now: datetime) -> 
     waiting = _closed(set(unnamed), uses) - removed
     orphans = tuple(OrphanedTensor(digest, sizes[digest]) for digest in sorted(sizes.keys() - owners.keys()))
     freed = [sizes[tensor] for tensor, having in owners.items() if tensor in sizes and having <= removed]
-    expired = select(func.count()).where(idempotency_keys.c.created_at < now - ANSWERS_KEPT)
+    expired = select(func.count()).where(idempotency_keys.c.created_at < now - LIFETIME)
     return Collection(
         versions=tuple(version for digest, version in unnamed.items() if digest in removed),
         tensors=orphans,
@@ -100,7 +98,7 @@ def collect(database: Database, grace: timedelta, *, reason: str, principal: Pri
             freed += sum(tensor.size_bytes for tensor in plan.tensors)
             connection.execute(delete(tensors).where(tensors.c.digest.not_in(select(version_tensors.c.tensor))))
             answers += plan.answers
-            connection.execute(delete(idempotency_keys).where(idempotency_keys.c.created_at < now - ANSWERS_KEPT))
+            connection.execute(delete(idempotency_keys).where(idempotency_keys.c.created_at < now - LIFETIME))
             # Ensembles first, so that none is ever without its members.
             batch = sorted(plan.versions, key=lambda version: version.kind != "ensemble")[:_VERSIONS_AT_ONCE]
             for version in batch:

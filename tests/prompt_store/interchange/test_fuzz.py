@@ -1,9 +1,13 @@
-"""Damaged and invented files: each is a checked prompt or an InvalidArtifact, and nothing else."""
+"""Damaged and invented files: each is a checked prompt or an InvalidArtifact, and nothing else.
+
+SOFTCUE_FUZZ_EXAMPLES=300 makes a run long (see `make check-slow`).
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +27,12 @@ from prompt_store.prompts.tensor_file import ITEM_BYTES, Tensor, write_tensors
 from tests.prompt_store.building import prompt
 
 PREFIX = Prefix("F16", (2, 2, 1, 3, 4), bytes(range(96)))
+# A file is tried in a fraction of the time of a request, which the variable counts.
+EXAMPLES = 40 * int(os.environ.get("SOFTCUE_FUZZ_EXAMPLES", "5"))
 MANY = settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 JSON = st.recursive(
