@@ -137,10 +137,20 @@ def push(
     with opened(store) as registry:
         pushed = push(registry, task, selector, parse_place(place), public=public)
         if as_json:
-            print_json({"place": place, "task": task, "versions": [version.digest for version in pushed.versions]})
+            print_json(
+                {
+                    "place": pushed.place,
+                    "task": task,
+                    "written": [version.digest for version in pushed.written],
+                    "present": [version.digest for version in pushed.present],
+                    "commit": pushed.commit,
+                }
+            )
             return
-        labels = ", ".join(version.label for version in pushed.versions)
-        typer.echo(f"{task}: {labels} pushed to {place}; `softcue prompts pull {place}` brings them to another store")
+        for what, versions in (("pushed to", pushed.written), ("lies already in", pushed.present)):
+            if versions:
+                typer.echo(f"{task}@{', '.join(version.label for version in versions)} {what} {place}")
+        typer.echo(f"`softcue prompts pull {place} {task}` brings it to another store")
 
 
 @app.command()
@@ -177,7 +187,9 @@ def pull(
                         "task": entry.version.task,
                         "version": entry.version.label,
                         "digest": entry.version.digest,
+                        "version_there": entry.label_there,
                         "created": entry.created,
+                        "alias": entry.alias,
                     }
                     for entry in pulled
                 ]
@@ -187,12 +199,14 @@ def pull(
             (
                 entry.version.task,
                 entry.version.label,
+                entry.label_there,
                 entry.version.payload.kind,
                 "new" if entry.created else "was here",
+                entry.alias or "",
             )
             for entry in pulled
         ]
-        print_table(("task", "version", "kind", ""), rows)
+        print_table(("task", "version", "there", "kind", "", "alias"), rows)
 
 
 def _task_and_selector(name: str) -> tuple[str, str | None]:

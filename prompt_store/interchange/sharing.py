@@ -51,6 +51,7 @@ from prompt_store.names import (
     parse_selector,
 )
 from prompt_store.prompts.registry import NewVersion, Registry
+from prompt_store.prompts.unreadable import readable
 from prompt_store.prompts.version import EnsemblePayload, PromptVersion
 
 ALIASES_FILE = "aliases.json"
@@ -183,8 +184,11 @@ def _on_disk(place: Place) -> Iterator[None]:
 
 
 def _with_members(registry: Registry, task: str, selector: str | None) -> list[PromptVersion]:
-    """The versions to push, oldest first, each once."""
-    named = registry.versions(task) if selector is None else [registry.version(task, selector)]
+    """The versions to push, oldest first, each once. Raises SchemaMismatch for one that cannot be read."""
+    if selector is None:
+        named = [readable(version) for version in registry.versions(task)]
+    else:
+        named = [registry.version(task, selector)]
     if not named:
         raise StoreError(f"task {task!r} has no version yet; publish one before you push it")
     found = {version.digest: version for version in named}
