@@ -1,4 +1,4 @@
-"""The command line's front door: `softcue serve | register-base | prompts | tune`. Each package brings its own commands."""
+"""The command line: `softcue serve | register-base | prompts | tune`. Each package brings its own commands."""
 
 from __future__ import annotations
 

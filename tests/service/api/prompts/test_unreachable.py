@@ -1,0 +1,40 @@
+"""The store goes away under the API."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from typing import Any
+
+from litestar.testing import AsyncTestClient
+from sqlalchemy import make_url
+
+from tests.postgresql import Server
+from tests.service.serving import Store
+
+
+def take_away(store: Store, request: Any) -> None:
+    """SQLite's file is overwritten, PostgreSQL lets nobody in."""
+    if store.registry.database.storage.kind == "sqlite":
+        with closing(sqlite3.connect(store.location)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with open(store.location, "r+b") as file:
+            file.write(b"\0" * 4096)
+        return
+    server: Server = request.getfixturevalue("postgresql")
+    name = make_url(store.location).database
+    server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    server.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+
+
+async def test_a_store_that_cannot_be_used_is_503_and_says_when_to_come_back(
+    client: AsyncTestClient[Any], store: Store, request: Any
+) -> None:
+    take_away(store, request)
+    for response in (
+        await client.get("/v1/prompts"),
+        await client.put("/v1/prompts/copy/aliases/candidate", json={"version": "v1"}, headers={"if-none-match": "*"}),
+    ):
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "store_unavailable")
+        assert int(response.headers["retry-after"]) >= 1
+    assert (await client.get("/v1/tasks/copy")).status_code == 200
