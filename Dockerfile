@@ -19,7 +19,7 @@ COPY pyproject.toml README.md LICENSE softcue.py ./
 COPY prompt_store prompt_store
 COPY service service
 COPY training training
-RUN /opt/uv/bin/uv pip install --python /opt/venv/bin/python --torch-backend "${TORCH_BACKEND}" -c constraints.txt .
+RUN /opt/uv/bin/uv pip install --python /opt/venv/bin/python --torch-backend "${TORCH_BACKEND}" -c constraints.txt '.[postgres]'
 
 FROM ${BASE_IMAGE}
 RUN apt-get update \

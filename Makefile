@@ -3,7 +3,7 @@
 # `make check` is what every change must pass, `make check-slow` what takes minutes more: tests that are short otherwise,
 # made long. Its parts, each a target of its own:
 #   slow-kill-loops       200 publishers killed at random moments on each database, then the whole store checked
-#   slow-fuzz             hundreds of made-up requests to each endpoint, and damaged files to each reader
+#   slow-fuzz             some hundred made-up requests to each endpoint, and damaged files to each reader
 #
 #   SKIP="fuzz ..."       parts that `make check-slow` leaves out
 #   PYTHON=python3.12     another interpreter for .venv (3.11 or newer)
@@ -19,7 +19,7 @@ EXAMPLES := support_intents product_copy data_questions
 SLOW := kill-loops fuzz
 SKIP ?=
 
-.PHONY: run test check lint types tests check-slow $(SLOW:%=slow-%) tune-examples bench-engine bench-engine-cuda bench-engine-soak bench-engine-peers clean
+.PHONY: run test check lint types tests check-slow $(SLOW:%=slow-%) tune-examples bench-store bench-engine bench-engine-cuda bench-engine-soak bench-engine-peers clean
 
 run: .venv/.run
 	@exec $(BIN)/softcue serve --config examples/softcue.toml --port $(PORT)
@@ -42,7 +42,7 @@ slow-kill-loops: .venv/.dev
 	SOFTCUE_KILLS=200 $(BIN)/pytest tests/prompt_store/test_kills.py
 
 slow-fuzz: .venv/.dev
-	SOFTCUE_FUZZ_EXAMPLES=300 $(BIN)/pytest tests/test_schema_fuzz.py tests/prompt_store/interchange/test_fuzz.py
+	SOFTCUE_FUZZ_EXAMPLES=50 $(BIN)/pytest tests/test_schema_fuzz.py tests/prompt_store/interchange/test_fuzz.py
 
 # Tunes the three examples again and replaces their committed prompts and reports. The store is a new one, so that the
 # gate holds each against its hand-written text prompt.
@@ -52,6 +52,10 @@ tune-examples: .venv/.run
 	    $(BIN)/softcue tune soft-prompt examples/$$task/recipe.toml --store build/tune-examples/store.db \
 	        --runs build/tune-examples/runs --save-to examples/$$task || exit 1; \
 	done
+
+# The store on SQLite and on a throw-away PostgreSQL: three minutes.
+bench-store: .venv/.dev
+	$(BIN)/python -m benchmarks.store
 
 # The engine against its peers in one run: about ten minutes, or parts of it by `python -m benchmarks.engine --only ...`.
 bench-engine: .venv/.dev
@@ -92,7 +96,7 @@ else
 endif
 
 .venv/.run: .venv/.torch pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[postgres]'
 	@touch $@
 
 .venv/.dev: .venv/.run
