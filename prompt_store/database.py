@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from sqlalchemy import Connection, insert, make_url, select
+from sqlalchemy import Connection, event, insert, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from prompt_store.errors import NotYetSupported, StoreError, StoreUnavailable
@@ -49,6 +50,8 @@ class Database:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.healthy = True
+        self._closed = False
+        event.listen(storage.engine, "checkin", self._close_late)
 
     @classmethod
     def open(
@@ -131,8 +134,14 @@ class Database:
         return bytes(key)
 
     def close(self) -> None:
-        """Gives up every connection; safe to call twice."""
+        """Gives up every connection, those in use as they come back; safe to call twice."""
+        self._closed = True
         self.storage.engine.dispose()
+
+    def _close_late(self, _: object, entry: ConnectionPoolEntry) -> None:
+        # A thread that was reading when the pool was disposed of would leave its connection to the garbage collector.
+        if self._closed:
+            entry.invalidate()
 
     def __enter__(self) -> Self:
         return self

@@ -191,3 +191,14 @@ def test_a_file_damaged_while_open_is_reported_as_such(sqlite_database: Database
 
     with pytest.raises(StoreUnavailable, match="restore a backup"):
         open_and_read()
+
+
+def test_a_connection_in_use_at_the_close_is_closed_when_it_comes_back(location: str) -> None:
+    database = Database.open(location)
+    with database.read() as connection:
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        database.close()
+        connection.execute(select(meta.c.key)).all()
+    with pytest.raises(Exception, match="closed"):
+        driver.execute("SELECT 1")

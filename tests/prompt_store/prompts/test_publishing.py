@@ -159,7 +159,7 @@ BAD: list[tuple[dict[str, Any], type[StoreError], str]] = [
     ({"payload_content": SoftPrompt("F32", (4, 16), bytes(255))}, InvalidArtifact, "needs 256 bytes but has 255"),
     ({"payload_content": SoftPrompt("F64", (4, 16), bytes(512))}, InvalidArtifact, "dtype 'F64'"),
     ({"base_fingerprint": "a1" * 31 + "ff"}, UnknownBase, f"did you mean '{BASE.fingerprint}'"),
-    ({"base_fingerprint": "nowhere"}, UnknownBase, "register it by starting"),
+    ({"base_fingerprint": "nowhere"}, UnknownBase, "make it known to this store"),
     ({"base_fingerprint": None}, InvalidArtifact, "give that base's fingerprint"),
     ({"alias": "v7"}, InvalidName, "reads as a version number"),
     ({"report": {"loss": float("nan")}}, InvalidArtifact, "report cannot be stored as JSON"),

@@ -163,7 +163,7 @@ async def test_a_version_is_deleted_unless_something_needs_it(client: AsyncTestC
     gone = await client.get("/v1/prompts/copy/versions/v2")
     assert refusal(gone)[0] == 404
     status, code, message = refusal(await client.delete("/v1/prompts/copy/versions/v1"))
-    assert (status, code) == (409, "in_use")
+    assert (status, code) == (409, "version_in_use")
     assert "production" in message
 
 
