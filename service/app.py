@@ -110,8 +110,9 @@ def create_app(
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-            catalog.close()
             await drain()
+            # Both wait for the catalog's thread, which may be waiting for a store that is away.
+            await asyncio.to_thread(catalog.close)
             await asyncio.to_thread(database.close)
 
     async def drain() -> None:

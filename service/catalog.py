@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TypeVar
 
 from prompt_store.database import Database
@@ -49,7 +50,6 @@ T = TypeVar("T")
 
 _CACHED_NAMES = 4096
 _LONGEST_WAIT_S = 1.0
-_WARMED_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,10 @@ class Catalog:
         self._on_refresh = on_refresh
         self._on_failure = on_failure
         self.damage = Damage(registry, fall_back=fall_back_when_damaged)
-        # What ought to be warm, by tensor digest; of it, what is and what cannot be before the next look at the store.
+        # What ought to be warm, by tensor digest; of it, what is, and what waits for its turn.
         self._wanted: dict[str, PromptVersion] = {}
         self._warmed: set[str] = set()
-        self._left: set[str] = set()
+        self._cold: dict[str, PromptVersion] = {}
         # Whether what aliases point at, as far as it was read, is warm or known to be at fault.
         self.settled = False
         self._snapshot: StoreSnapshot | None = None
@@ -128,6 +128,7 @@ class Catalog:
         await self._in_thread(self._watcher.poll)
         self._snapshot = await self._in_thread(self._registry.snapshot)
         self._wanted = self._pointed_at(self._snapshot)
+        self._cold = dict(self._wanted)
         self._on_refresh(self._snapshot.sequence)
 
     async def follow(self) -> None:
@@ -142,8 +143,8 @@ class Catalog:
                     self.settled = False
                     await self._refresh()
                     stale = False
-                wait_s = await self._warm_on()
-                self.settled = wait_s == _LONGEST_WAIT_S and not self.damage.noticed
+                wait_s = await self._warm_next()
+                self.settled = not self._cold and not self.damage.noticed
                 if failing:
                     log.warning("the store can be read again")
                     failing = False
@@ -164,34 +165,29 @@ class Catalog:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def _refresh(self) -> None:
-        """Read, warm what is newly pointed at, swap. What was left to be warmed before is `_warm_on`'s."""
+        """Read, warm what is newly pointed at, swap. What waits to be warmed since before does not hold that up."""
         snapshot = await self._in_thread(self._registry.snapshot, self._snapshot)
         await self._in_thread(self.damage.look_again, snapshot)
-        self._left.clear()
         targets = self._pointed_at(snapshot)
-        await self._warm({digest: targets[digest] for digest in targets.keys() - self._wanted.keys()})
+        # What could not be warmed before gets another chance, but nothing waits for it.
+        self._cold = {digest: version for digest, version in targets.items() if digest not in self._warmed}
+        await self._warm(self._cold.keys() - self._wanted.keys())
         instead = await self._in_thread(self.damage.find_instead, snapshot)
         stand_ins = self._to_warm((snapshot.tasks[task], digest) for (task, _), digest in instead.items())
-        await self._warm(stand_ins)
+        self._cold |= {digest: version for digest, version in stand_ins.items() if digest not in self._warmed}
+        await self._warm(stand_ins.keys() & self._cold.keys())
         self._snapshot, self._wanted = snapshot, {**targets, **stand_ins}
         self.damage.use(instead)
         self._on_refresh(snapshot.sequence)
-        unwanted = self._warmed - self._wanted.keys()
-        for digest in unwanted:
+        for digest in self._warmed - self._wanted.keys():
             await self._engine.release(digest)
-        self._warmed -= unwanted
+        self._warmed &= self._wanted.keys()
 
-    async def _warm_on(self) -> float:
-        """Warm a few of those that are wanted and are not warm yet; returns how long news may be waited for next."""
-        cold = self._cold()
-        complete = await self._warm({digest: self._wanted[digest] for digest in cold[:_WARMED_AT_ONCE]})
-        if not complete:
+    async def _warm_next(self) -> float:
+        """Warm one of those that wait for it; returns how long news may be waited for before the next one."""
+        if not await self._warm(list(islice(self._cold, 1))):
             return self._poll_s
-        return 0.0 if len(cold) > _WARMED_AT_ONCE else _LONGEST_WAIT_S
-
-    def _cold(self) -> list[str]:
-        done = self._warmed | self._left
-        return [d for d, version in self._wanted.items() if d not in done and not self.damage.knows(version)]
+        return 0.0 if self._cold or self.damage.noticed else _LONGEST_WAIT_S
 
     def _pointed_at(self, snapshot: StoreSnapshot) -> dict[str, PromptVersion]:
         return self._to_warm((task, digest) for task in snapshot.tasks.values() for digest in task.aliases.values())
@@ -214,25 +210,29 @@ class Catalog:
                     found[tensor] = member
         return found
 
-    async def _warm(self, wanted: Mapping[str, PromptVersion]) -> bool:
-        """False when the engine or the store was away. What cannot be warmed for another reason is logged, and left."""
-        complete = True
-        for digest, version in wanted.items():
-            if digest in self._warmed or self.damage.knows(version):
-                continue
-            try:
-                await self._engine.warm(self.reference(version))
-            except (EngineUnavailable, StoreUnavailable):
-                complete = False
-            except DamagedArtifact:
-                self._on_failure()
-            except (EngineError, StoreError) as error:
-                self._left.add(digest)
-                self._on_failure()
-                log.error("%s@%s cannot be warmed: %s", version.task, version.label, error)
-            else:
-                self._warmed.add(digest)
-        return complete
+    async def _warm(self, digests: Iterable[str]) -> bool:
+        """Warm these of the cold ones. What is at fault itself is logged, and cold no longer.
+
+        False when engine or store is away: neither is waited for, and what is left stays cold.
+        """
+        for digest in digests:
+            version = self._cold[digest]
+            if not self.damage.knows(version):
+                if not self._engine.stats().ready:
+                    return False
+                try:
+                    await self._engine.warm(self.reference(version))
+                except (EngineUnavailable, StoreUnavailable):
+                    return False
+                except DamagedArtifact:
+                    self._on_failure()
+                except (EngineError, StoreError) as error:
+                    self._on_failure()
+                    log.error("%s@%s cannot be warmed: %s", version.task, version.label, error)
+                else:
+                    self._warmed.add(digest)
+            del self._cold[digest]
+        return True
 
     def references(self, version: PromptVersion) -> tuple[SoftPromptReference, ...]:
         """The soft prompts or prefixes that answer for a version: its own, or its members' where it is an ensemble.

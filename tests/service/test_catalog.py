@@ -93,6 +93,7 @@ async def following(
         on_refresh=refreshes.refreshed,
         on_failure=refreshes.failed,
     )
+    await engine.start()
     await catalog.load()
     task = asyncio.create_task(catalog.follow())
     try:
