@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from prompt_store.commands.options import DEFAULT_STORE, AliasArgument, JsonOpti
 from prompt_store.commands.printing import print_document, print_json, print_table, version_document
 from prompt_store.errors import StoreError
 from prompt_store.names import RemoteModel, parse_model_name
+from prompt_store.prompts.unreadable import UnreadableVersion
 
 if TYPE_CHECKING:
     from prompt_store.prompts.registry import ListedVersion, Registry
@@ -54,24 +56,32 @@ def list_versions(
         if as_json:
             print_json([version_document(entry.version, entry.aliases) for entry in found])
             return
-        rows = [
-            (
-                entry.version.task,
-                entry.version.label,
-                ", ".join(entry.aliases),
-                entry.version.payload.kind,
-                names.get(entry.version.base_fingerprint or "", ""),
-                entry.version.digest[:_SHOWN_DIGEST],
-                f"{entry.version.created_at:%Y-%m-%d %H:%M}",
-                " ".join([*(f"#{tag}" for tag in entry.version.tags), entry.version.notes]).strip(),
-            )
-            for entry in found
-        ]
+        rows = [_row(entry, names) for entry in found]
         print_table(("task", "version", "aliases", "kind", "base", "digest", "created", "notes"), rows)
         if after is not None:
             typer.echo(f"the first {limit}; name a task, filter, or raise --limit to see more")
         elif not rows:
             typer.echo("no version; publish one with `softcue tune soft-prompt RECIPE` or `softcue prompts publish`")
+
+
+def _row(entry: ListedVersion, names: Mapping[str, str]) -> tuple[str, ...]:
+    """A version as the columns of `list`; `names` are the bases' by fingerprint."""
+    version = entry.version
+    if isinstance(version, UnreadableVersion):
+        kind, base, said = version.kind, "", "unreadable: another release wrote it, or it is damaged"
+    else:
+        kind, base = version.payload.kind, names.get(version.base_fingerprint or "", "")
+        said = " ".join([*(f"#{tag}" for tag in version.tags), version.notes]).strip()
+    return (
+        version.task,
+        version.label,
+        ", ".join(entry.aliases),
+        kind,
+        base,
+        version.digest[:_SHOWN_DIGEST],
+        f"{version.created_at:%Y-%m-%d %H:%M}",
+        said,
+    )
 
 
 @app.command()

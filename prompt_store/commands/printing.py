@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from prompt_store.prompts.unreadable import UnreadableVersion
 
 if TYPE_CHECKING:
     from prompt_store.prompts.version import PromptVersion
@@ -48,9 +51,13 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
-def version_document(version: PromptVersion, aliases: Sequence[str]) -> dict[str, Any]:
-    """A version as JSON values, with its label and the aliases that point at it."""
-    return {"version": version.label, "aliases": list(aliases), **version.model_dump(mode="json")}
+def version_document(version: PromptVersion | UnreadableVersion, aliases: Sequence[str]) -> dict[str, Any]:
+    """A version as JSON values, with its label and the aliases that point at it; `reason` where it cannot be read."""
+    if isinstance(version, UnreadableVersion):
+        known = {**asdict(version), "created_at": version.created_at.isoformat()}
+    else:
+        known = version.model_dump(mode="json")
+    return {"version": version.label, "aliases": list(aliases), **known}
 
 
 def size(count_bytes: int) -> str:

@@ -12,8 +12,9 @@ from prompt_store.errors import InvalidName
 from prompt_store.names import check_alias, check_task_name, check_text
 from prompt_store.prompts.aliases import AliasMove, no_such_alias
 from prompt_store.prompts.bases import find_base, read_bases
-from prompt_store.prompts.lookup import to_version
+from prompt_store.prompts.lookup import read_row
 from prompt_store.prompts.revisions import require_task
+from prompt_store.prompts.unreadable import UnreadableVersion
 from prompt_store.prompts.version import PromptVersion
 from prompt_store.tables import alias_moves, aliases, versions
 
@@ -31,7 +32,7 @@ _MOVE_PLACE = re.compile(r"([1-9][0-9]{0,17})")
 class ListedVersion:
     """A version and the aliases that point at it, by name."""
 
-    version: PromptVersion
+    version: PromptVersion | UnreadableVersion
     aliases: tuple[str, ...]
 
 
@@ -93,7 +94,7 @@ def page_versions(
     rows = connection.execute(
         select(*_LISTED).where(*wanted).order_by(versions.c.task, versions.c.number.desc()).limit(limit + 1)
     ).all()
-    page = [to_version(row) for row in rows[:limit]]
+    page = [read_row(row) for row in rows[:limit]]
     named = _aliases_of(connection, page)
     more = f"{page[-1].task} {page[-1].number}" if len(rows) > limit else None
     return VersionPage(
@@ -137,7 +138,7 @@ def _has_tag(connection: Connection, tag: str) -> ColumnElement[bool]:
     return exists(select(1).select_from(elements).where(cast(elements.c.value, String) == tag))
 
 
-def _aliases_of(connection: Connection, page: list[PromptVersion]) -> defaultdict[str, list[str]]:
+def _aliases_of(connection: Connection, page: list[PromptVersion | UnreadableVersion]) -> defaultdict[str, list[str]]:
     named: defaultdict[str, list[str]] = defaultdict(list)
     rows = connection.execute(
         select(aliases.c.version, aliases.c.name)

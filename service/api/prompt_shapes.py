@@ -19,6 +19,7 @@ from prompt_store.prompts.registry import (
     VersionPage,
 )
 from prompt_store.prompts.task import Task
+from prompt_store.prompts.unreadable import UnreadableVersion
 from prompt_store.prompts.version import (
     MAX_MEMBERS,
     Payload,
@@ -145,6 +146,20 @@ class ListedVersionBody(VersionBody):
     aliases: list[str]
 
 
+class UnreadableVersionBody(BaseModel):
+    """A version that another release wrote, or that is damaged: what can be read of it, and why no more can."""
+
+    object: Literal["prompt.unreadable_version"] = "prompt.unreadable_version"
+    task: str
+    version: str
+    number: int
+    digest: str
+    kind: str
+    created_at: datetime
+    aliases: list[str]
+    unreadable: str
+
+
 class WholeVersionBody(VersionBody):
     """With where it came from and how it was judged."""
 
@@ -163,7 +178,7 @@ class VersionListBody(BaseModel):
     """A page of versions; `after` asks for the next one."""
 
     object: Literal["list"] = "list"
-    data: list[ListedVersionBody]
+    data: list[ListedVersionBody | UnreadableVersionBody]
     has_more: bool
     after: str | None
 
@@ -172,8 +187,20 @@ class VersionListBody(BaseModel):
         return cls(data=[_listed(entry) for entry in page.entries], has_more=page.after is not None, after=page.after)
 
 
-def _listed(entry: ListedVersion) -> ListedVersionBody:
-    return ListedVersionBody.of(entry.version, aliases=list(entry.aliases))
+def _listed(entry: ListedVersion) -> ListedVersionBody | UnreadableVersionBody:
+    version, aliases = entry.version, list(entry.aliases)
+    if not isinstance(version, UnreadableVersion):
+        return ListedVersionBody.of(version, aliases=aliases)
+    return UnreadableVersionBody(
+        task=version.task,
+        version=version.label,
+        number=version.number,
+        digest=version.digest,
+        kind=version.kind,
+        created_at=version.created_at,
+        aliases=aliases,
+        unreadable=version.reason,
+    )
 
 
 class AliasBody(BaseModel):

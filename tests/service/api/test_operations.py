@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import pytest
 from litestar.testing import AsyncTestClient
 from sqlalchemy import update
 
+from prompt_store.changes import ChangeWatcher
 from prompt_store.tables import task_revisions, tensors, versions
+from service.app import create_app
 from service.engines.base import GenerationEvent, GenerationRequest
 from service.engines.base_model import BaseModel
 from service.engines.scripted import ScriptedEngine
@@ -134,9 +138,41 @@ async def test_lists_show_what_cannot_be_read_and_asking_for_it_says_why(store: 
         tasks = {entry["name"]: entry for entry in (await client.get("/v1/tasks")).json()["data"]}
         assert (tasks["copy"]["versions"], tasks["copy"]["aliases"]["candidate"]) == (["v1", "v2"], "v2")
         assert "revision 1 of task 'query'" in tasks["query"]["unreadable"]
-        for path in ("/v1/models/copy@v2", "/v1/models/copy@candidate", "/v1/tasks/query"):
+        for path in ("/v1/prompts?task=copy", "/v1/prompts/copy/versions"):
+            unread, whole = (await client.get(path)).json()["data"]
+            assert "v2 of task 'copy'" in unread["unreadable"]
+            assert (unread["version"], unread["aliases"], whole["version"]) == ("v2", ["candidate"], "v1")
+        for path in (
+            "/v1/models/copy@v2", "/v1/models/copy@candidate", "/v1/tasks/query",
+            "/v1/prompts/copy/versions/v2", "/v1/prompts/copy/versions/v2/tensor", "/v1/prompts/query",
+        ):  # fmt: skip
             refused = await client.get(path)
             assert (refused.status_code, refused.json()["error"]["code"]) == (500, "schema_mismatch")
         asked = {"model": "query@v1", "messages": [{"role": "user", "content": "hello"}]}
         assert (await client.post("/v1/chat/completions", json=asked)).status_code == 500
         assert (await client.post("/v1/tasks/copy/generate", json=COPY_INPUTS)).status_code == 200
+
+
+async def test_a_stop_does_not_hold_up_what_still_runs_while_the_store_keeps_silent(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watcher may be connecting to a store that is away; whoever closes it waits for that."""
+    others_run = threading.Event()
+    seen: list[bool] = []
+    close = ChangeWatcher.close
+
+    def close_slowly(watcher: ChangeWatcher) -> None:
+        seen.append(others_run.wait(20))
+        close(watcher)
+
+    monkeypatch.setattr(ChangeWatcher, "close", close_slowly)
+    async with create_app(store.settings(), engine=ScriptedEngine()).lifespan():
+        pinging = asyncio.create_task(_set_later(others_run))
+    await pinging
+    assert seen == [True]
+
+
+async def _set_later(event: threading.Event) -> None:
+    """When the stop has begun, or before: only an event loop that is held up comes to it too late."""
+    await asyncio.sleep(0.05)
+    event.set()
