@@ -111,7 +111,7 @@ def create_app(
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
             await drain()
-            # Both wait for the catalog's thread, which may be waiting for a store that is away.
+            # Reads that are under way end first, and the store may be away.
             await asyncio.to_thread(catalog.close)
             await asyncio.to_thread(database.close)
 
@@ -155,6 +155,7 @@ def create_app(
             title="Softcue",
             version=importlib.metadata.version("softcue"),
             path="/schema",
+            use_handler_docstrings=True,
             render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"]), YamlRenderPlugin()],
         ),
         plugins=[VariadicTuples()],

@@ -157,9 +157,9 @@ class Catalog:
                 await asyncio.sleep(self._poll_s)
 
     def close(self) -> None:
-        """Stop watching the store. The thread ends by itself within a moment; nobody waits for it."""
+        """Stop watching the store, once what is being read has come or failed: blocks until then."""
         self._watcher.close()
-        self._thread.shutdown(wait=False)
+        self._thread.shutdown(cancel_futures=True)
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)

@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import delete, select, update
@@ -26,7 +27,7 @@ from prompt_store.prompts.version import EnsemblePayload, PromptVersion, payload
 from prompt_store.routes import DirectRoute
 from prompt_store.tables import route_revisions, tensors, version_tensors, versions
 from service.catalog import Catalog
-from service.engines.base import SoftPromptReference
+from service.engines.base import EngineStats, SoftPromptReference
 from service.engines.base_model import BaseModel
 from service.engines.errors import EngineUnavailable, GenerationFailed
 from service.engines.scripted import ScriptedEngine
@@ -79,6 +80,7 @@ async def following(
     *,
     poll_s: float = 0.01,
     fall_back: bool = False,
+    settled: bool = True,
 ) -> AsyncIterator[tuple[Catalog, Refreshes]]:
     registry = registry or Registry(Database.open(store.location))
     refreshes = Refreshes()
@@ -98,7 +100,7 @@ async def following(
     task = asyncio.create_task(catalog.follow())
     try:
         async with asyncio.timeout(10):
-            while not catalog.settled:  # noqa: ASYNC110 (it is asked for)
+            while catalog.settled is not settled:  # noqa: ASYNC110 (it is asked for)
                 await asyncio.sleep(0)
         yield catalog, refreshes
     finally:
@@ -179,6 +181,58 @@ async def test_what_an_absent_engine_could_not_warm_is_warmed_when_it_is_back(st
         store.publish("intents", prompt)
         await refreshes.until(lambda: engine.warmed == {prompt.digest})
         assert (engine.refusals, catalog.resolve("intents").label) == (0, "intents@v2")
+
+
+async def test_a_publish_does_not_wait_for_an_engine_that_is_away(store: Store) -> None:
+    class Restarting(ScriptedEngine):
+        """As the local engine: who wants something warmed while it restarts waits for it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.back = asyncio.Event()
+            self.back.set()
+
+        async def warm(self, soft_prompt: SoftPromptReference) -> None:
+            await self.back.wait()
+            await super().warm(soft_prompt)
+
+        def stats(self) -> EngineStats:
+            return replace(super().stats(), ready=self.back.is_set())
+
+    engine, prompt = Restarting(), random_prompt(2, 4)
+    async with following(store, engine) as (catalog, refreshes):
+        engine.back.clear()
+        store.publish("intents", prompt)
+        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v2")
+        assert not catalog.settled
+        engine.back.set()
+        await refreshes.until(lambda: engine.warmed == {prompt.digest})
+        await refreshes.until(lambda: catalog.settled)
+
+
+async def test_a_publish_waits_for_one_prompt_of_the_backlog_at_most(store: Store) -> None:
+    class Slow(ScriptedEngine):
+        """What was there at the start is warmed one by one, as the test lets it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked, self.go_on = 0, asyncio.Semaphore(0)
+
+        async def warm(self, soft_prompt: SoftPromptReference) -> None:
+            if soft_prompt.digest != new.digest:
+                self.asked += 1
+                await self.go_on.acquire()
+            await super().warm(soft_prompt)
+
+    for seed in range(2, 6):
+        store.publish("intents", random_prompt(seed, 4), alias=f"alias-{seed}")
+    engine, new = Slow(), random_prompt(9, 4)
+    async with following(store, engine, settled=False) as (catalog, refreshes):
+        await refreshes.until(lambda: engine.asked == 1)
+        store.publish("intents", new)
+        engine.go_on.release()
+        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v6")
+        assert (new.digest in engine.warmed, engine.asked <= 2, catalog.settled) == (True, True, False)
 
 
 async def test_a_store_that_cannot_be_read_leaves_the_last_snapshot_and_is_tried_again(
