@@ -118,7 +118,9 @@ def load_settings(
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise SettingsError(f"setting {key}: {first['msg']} (it is {first['input']!r})") from error
+        # The store's URL may hold a password.
+        given = f" (it is {first['input']!r})" if key != "store.url" else ""
+        raise SettingsError(f"setting {key}: {first['msg']}{given}") from error
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:

@@ -70,6 +70,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     api.ApiError: (500, UNAVAILABLE, "internal_error"),
     api.BodyTooLarge: (413, INVALID, "body_too_large"),
     api.InvalidBody: (400, INVALID, "invalid_body"),
+    api.UnknownParameter: (400, INVALID, "unknown_parameter"),
     api.InvalidCondition: (400, INVALID, "invalid_condition"),
     api.PreconditionRequired: (428, INVALID, "precondition_required"),
     api.PreconditionFailed: (412, INVALID, "precondition_failed"),
@@ -90,6 +91,9 @@ class ErrorBody(BaseModel):
 
     error: ErrorDetail
 
+
+# Of Litestar's own refusals, those that a program may want to tell from others; the first is ours too.
+_CODES = {413: "body_too_large", 415: "unsupported_media_type", 405: "method_not_allowed"}
 
 _MEANINGS: dict[int, str] = {
     400: "The request is at fault",
@@ -152,6 +156,7 @@ def answer_error(_: Request[Any, Any, Any], error: Exception) -> Response[dict[s
 def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[dict[str, Any]]:
     """Litestar's own refusals (validation, unknown path, wrong method) in the same shape."""
     message, parameter = str(error.detail), None
+    code = _CODES.get(error.status_code) if error.status_code < 500 else "internal_error"
     problems = error.extra if isinstance(error.extra, list) else []
     if problems and isinstance(problems[0], dict) and problems[0].get("key") == "data":
         message = "the body is not a JSON object; send one"
@@ -166,7 +171,7 @@ def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> 
     elif error.status_code == 405:
         message = f"{request.method} is not allowed at {request.url.path}; /schema lists what is"
     kind = INVALID if error.status_code < 500 else UNAVAILABLE
-    body = error_body(message, kind, None if error.status_code < 500 else "internal_error", parameter)
+    body = error_body(message, kind, code, parameter)
     return Response(body, status_code=error.status_code, media_type=MediaType.JSON, headers=error.headers or {})
 
 

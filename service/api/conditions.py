@@ -23,23 +23,27 @@ def etag(digest: str) -> str:
     return f'"{digest}"'
 
 
-def expected_target(if_match: str | None, if_none_match: str | None) -> Expected:
-    """Where the headers expect an alias to point.
+def expected_or_none(if_match: str | None, if_none_match: str | None) -> Expected:
+    """Where the headers expect an alias to point that may be created. Raises as `expected_target`."""
+    if if_none_match is None:
+        return expected_target(if_match, otherwise=", or If-None-Match: * to create it")
+    if if_match is not None:
+        raise InvalidCondition("If-Match and If-None-Match contradict each other here; send one of them")
+    if if_none_match.strip() != "*":
+        raise InvalidCondition("If-None-Match can only be * here, for an alias that must not exist yet")
+    return None
 
-    Raises PreconditionRequired without either, InvalidCondition for what no alias can have.
+
+def expected_target(if_match: str | None, otherwise: str = "") -> str | Unset:
+    """Where If-Match expects an alias to point; `otherwise` is what else its lack could be made up for with.
+
+    Raises PreconditionRequired without it, InvalidCondition for what no alias can have.
     """
-    if if_match is None and if_none_match is None:
+    if if_match is None:
         raise PreconditionRequired(
             "an alias moves only for somebody who knows where it points; send If-Match with the ETag that GET gave for "
-            "it, If-Match: * for wherever it points, or If-None-Match: * to create it"
+            f"it, If-Match: * for wherever it points{otherwise}"
         )
-    if if_match is not None and if_none_match is not None:
-        raise InvalidCondition("If-Match and If-None-Match contradict each other here; send one of them")
-    if if_none_match is not None:
-        if if_none_match.strip() != "*":
-            raise InvalidCondition("If-None-Match can only be * here, for an alias that must not exist yet")
-        return None
-    assert if_match is not None
     if if_match.strip() == "*":
         return UNSET
     tag = _TAG.fullmatch(if_match.strip())

@@ -3,6 +3,7 @@
 ApiError
 ├── BodyTooLarge            over the limit of its kind of body
 ├── InvalidBody             not what its content type promises; .parameter names the field
+├── UnknownParameter        a query parameter that the handler does not take; .parameter names it
 ├── InvalidCondition        If-Match or If-None-Match that nothing here can have
 ├── PreconditionRequired    an alias moved by somebody who does not say where it points
 └── PreconditionFailed      an alias that points elsewhere, or not at all
@@ -21,6 +22,12 @@ class BodyTooLarge(ApiError):
 
 class InvalidBody(ApiError):
     def __init__(self, message: str, parameter: str | None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class UnknownParameter(ApiError):
+    def __init__(self, message: str, parameter: str) -> None:
         super().__init__(message)
         self.parameter = parameter
 

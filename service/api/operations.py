@@ -6,10 +6,14 @@ from typing import Any
 
 from litestar import Response, get
 from litestar.di import NamedDependency
+from litestar.openapi.datastructures import ResponseSpec
 
 from service.catalog import Catalog
 from service.metrics import CONTENT_TYPE, Metrics
 from service.routing.execute import Router
+
+# The body is that of a 200, and says what is missing.
+_NOT_READY = {503: ResponseSpec(dict[str, Any], description="Not ready", generate_examples=False)}
 
 
 @get("/health/live", tags=["Operations"])
@@ -18,7 +22,7 @@ async def live() -> dict[str, str]:
     return {"status": "live"}
 
 
-@get("/health/ready", tags=["Operations"])
+@get("/health/ready", tags=["Operations"], responses=_NOT_READY)
 async def ready(catalog: NamedDependency[Catalog], router: NamedDependency[Router]) -> Response[dict[str, Any]]:
     """Requests will be answered: the store has been read and every engine is ready. 503 otherwise.
 
@@ -37,7 +41,7 @@ async def ready(catalog: NamedDependency[Catalog], router: NamedDependency[Route
     return Response(body, status_code=200 if is_ready else 503)
 
 
-@get("/health/ready/writes", tags=["Operations"])
+@get("/health/ready/writes", tags=["Operations"], responses=_NOT_READY)
 async def ready_for_writes(catalog: NamedDependency[Catalog]) -> Response[dict[str, Any]]:
     """What is published, moved or applied will be stored: the store can be reached. 503 otherwise."""
     reachable = catalog.store_reachable

@@ -13,9 +13,10 @@ from prompt_store.prompts.listing import DEFAULT_PAGE
 from prompt_store.prompts.registry import UNSET, Alias, Registry
 from service.api.answers import errors, success
 from service.api.callers import principal_of
-from service.api.conditions import compared_with, etag, expected_target, require_existing
+from service.api.conditions import compared_with, etag, expected_or_none, expected_target, require_existing
 from service.api.prompt_shapes import AliasBody, AliasListBody, AliasMoveListBody, MoveBody, RollbackBody
-from service.api.prompts import IdempotencyKey, PageSize
+from service.api.prompts import ETAG, IdempotencyKey, PageSize
+from service.api.queries import require_known_query
 
 IfMatch = Annotated[str | None, HeaderParameter(name="if-match")]
 IfNoneMatch = Annotated[str | None, HeaderParameter(name="if-none-match")]
@@ -26,13 +27,14 @@ class AliasController(Controller):
 
     path = "/v1/prompts/{task:str}/aliases"
     tags = ("Prompts",)
+    before_request = require_known_query
 
-    @get(sync_to_thread=True, responses=errors(400, 404, 503))
+    @get(sync_to_thread=True, responses=errors(400, 404, 500, 503))
     def list_aliases(self, task: FromPath[str], registry: NamedDependency[Registry]) -> AliasListBody:
         """Every alias of a task and where it points."""
         return AliasListBody(data=[AliasBody.of(alias) for alias in registry.aliases(task)])
 
-    @get("/{alias:str}", sync_to_thread=True, responses=errors(400, 404, 503))
+    @get("/{alias:str}", sync_to_thread=True, response_headers=[ETAG], responses=errors(400, 404, 500, 503))
     def show_alias(
         self, task: FromPath[str], alias: FromPath[str], registry: NamedDependency[Registry]
     ) -> Response[AliasBody]:
@@ -42,7 +44,8 @@ class AliasController(Controller):
     @put(
         "/{alias:str}",
         sync_to_thread=True,
-        responses=success(201, AliasBody) | errors(400, 404, 409, 412, 413, 415, 422, 428, 503),
+        response_headers=[ETAG],
+        responses=success(201, AliasBody) | errors(400, 404, 409, 412, 413, 415, 422, 428, 500, 503),
     )
     def move_alias(
         self,
@@ -59,7 +62,7 @@ class AliasController(Controller):
 
         412 tells where it points instead, and who moved it there and when.
         """
-        expected = expected_target(if_match, if_none_match)
+        expected = expected_or_none(if_match, if_none_match)
         if expected is UNSET:
             require_existing(registry, task, check_alias(alias))
         with compared_with(expected):
@@ -74,7 +77,7 @@ class AliasController(Controller):
             )
         return _answer(moved, status_code=201 if expected is None else 200)
 
-    @delete("/{alias:str}", sync_to_thread=True, responses=errors(400, 404, 409, 412, 422, 428, 503))
+    @delete("/{alias:str}", sync_to_thread=True, responses=errors(400, 404, 409, 412, 422, 428, 500, 503))
     def remove_alias(
         self,
         request: Request[Any, Any, Any],
@@ -86,7 +89,7 @@ class AliasController(Controller):
         idempotency_key: IdempotencyKey = None,
     ) -> None:
         """Remove an alias, where it still points where If-Match says. Its history stays."""
-        expected = expected_target(if_match, None)
+        expected = expected_target(if_match)
         with compared_with(expected):
             registry.remove_alias(
                 task,
@@ -101,7 +104,8 @@ class AliasController(Controller):
         "/{alias:str}/rollback",
         status_code=200,
         sync_to_thread=True,
-        responses=errors(400, 404, 409, 412, 413, 415, 422, 503),
+        response_headers=[ETAG],
+        responses=errors(400, 404, 409, 412, 413, 415, 422, 500, 503),
     )
     def roll_back(
         self,
@@ -114,7 +118,7 @@ class AliasController(Controller):
         idempotency_key: IdempotencyKey = None,
     ) -> Response[AliasBody]:
         """Point an alias back at where it pointed before its last move, or the one before if that was taken back."""
-        expected = expected_target(if_match, None) if if_match is not None else UNSET
+        expected = expected_target(if_match) if if_match is not None else UNSET
         with compared_with(expected):
             moved = registry.rollback_alias(
                 task,
@@ -126,7 +130,7 @@ class AliasController(Controller):
             )
         return _answer(moved)
 
-    @get("/{alias:str}/history", sync_to_thread=True, responses=errors(400, 404, 503))
+    @get("/{alias:str}/history", sync_to_thread=True, responses=errors(400, 404, 500, 503))
     def show_history(
         self,
         task: FromPath[str],

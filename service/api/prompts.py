@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from litestar import Controller, Request, Response, delete, get, post
 from litestar.concurrency import sync_to_thread
+from litestar.datastructures import ResponseHeader
 from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, HeaderParameter, QueryParameter
 
@@ -41,8 +42,11 @@ from service.api.prompt_shapes import (
     VersionListBody,
     WholeVersionBody,
 )
+from service.api.queries import require_known_query
 
 PageSize = Annotated[int, QueryParameter(ge=1, le=LARGEST_PAGE)]
+ETAG = ResponseHeader(name="etag", description="The version's digest, in quotes", documentation_only=True)
+LOCATION = ResponseHeader(name="location", description="Where the version is", documentation_only=True)
 IdempotencyKey = Annotated[str | None, HeaderParameter(name="idempotency-key")]
 
 
@@ -71,8 +75,9 @@ class PromptController(Controller):
 
     path = "/v1/prompts"
     tags = ("Prompts",)
+    before_request = require_known_query
 
-    @get(sync_to_thread=True, responses=errors(400, 404, 503))
+    @get(sync_to_thread=True, responses=errors(400, 404, 500, 503))
     def list_versions(
         self,
         registry: NamedDependency[Registry],
@@ -88,12 +93,12 @@ class PromptController(Controller):
         page = registry.page(task=task, kind=kind, base=base, tag=tag, alias=alias, after=after, limit=limit)
         return VersionListBody.of(page)
 
-    @get("/{task:str}", sync_to_thread=True, responses=errors(400, 404, 503))
+    @get("/{task:str}", sync_to_thread=True, responses=errors(400, 404, 500, 503))
     def show_task(self, task: FromPath[str], registry: NamedDependency[Registry]) -> TaskBody:
         """A task's current revision, its aliases and how many versions it has."""
         return TaskBody.of(registry.task(task), registry.aliases(task), registry.version_counts(task))
 
-    @get("/{task:str}/versions", sync_to_thread=True, responses=errors(400, 404, 503))
+    @get("/{task:str}/versions", sync_to_thread=True, responses=errors(400, 404, 500, 503))
     def list_versions_of_task(
         self,
         task: FromPath[str],
@@ -110,7 +115,8 @@ class PromptController(Controller):
         # The body's kind decides how large it may be, so the handler reads it itself.
         request_max_body_size=None,
         opt={"content_types": (JSON, *SAFETENSORS)},
-        responses=success(200, PublishedBody) | errors(400, 404, 409, 413, 415, 422, 503),
+        response_headers=[ETAG, LOCATION],
+        responses=success(200, PublishedBody) | errors(400, 404, 409, 413, 415, 422, 500, 503),
     )
     async def publish(
         self,
@@ -150,7 +156,12 @@ class PromptController(Controller):
             headers={"etag": etag(version.digest), "location": f"/v1/prompts/{task}/versions/{version.label}"},
         )
 
-    @get("/{task:str}/versions/{selector:str}", sync_to_thread=True, responses=errors(400, 404, 503))
+    @get(
+        "/{task:str}/versions/{selector:str}",
+        sync_to_thread=True,
+        response_headers=[ETAG],
+        responses=errors(400, 404, 500, 503),
+    )
     def show_version(
         self, task: FromPath[str], selector: FromPath[str], registry: NamedDependency[Registry]
     ) -> Response[WholeVersionBody]:
@@ -166,7 +177,8 @@ class PromptController(Controller):
         "/{task:str}/versions/{selector:str}/tensor",
         sync_to_thread=True,
         media_type=SAFETENSORS[0],
-        responses=errors(400, 404, 503),
+        response_headers=[ETAG],
+        responses=errors(400, 404, 500, 503),
     )
     def download(
         self, task: FromPath[str], selector: FromPath[str], registry: NamedDependency[Registry]
@@ -187,7 +199,7 @@ class PromptController(Controller):
         }
         return Response(encode_artifact(artifact), media_type=SAFETENSORS[0], headers=headers)
 
-    @delete("/{task:str}/versions/{selector:str}", sync_to_thread=True, responses=errors(400, 404, 409, 503))
+    @delete("/{task:str}/versions/{selector:str}", sync_to_thread=True, responses=errors(400, 404, 409, 500, 503))
     def delete_version(
         self,
         request: Request[Any, Any, Any],
@@ -200,7 +212,13 @@ class PromptController(Controller):
         registry.delete_version(task, selector, reason=reason, principal=principal_of(request))
 
 
-@get("/v1/bases", sync_to_thread=True, tags=["Prompts"], responses=errors(503))
+@get(
+    "/v1/bases",
+    sync_to_thread=True,
+    tags=["Prompts"],
+    before_request=require_known_query,
+    responses=errors(400, 500, 503),
+)
 def list_bases(registry: NamedDependency[Registry]) -> BaseListBody:
     """The base models that the store has seen, and which tasks have no version for each."""
     return BaseListBody(data=[BaseBody.of(carried) for carried in registry.carried_by_bases()])

@@ -60,3 +60,9 @@ def test_an_unknown_variable_of_a_section_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"nowhere\.toml cannot be read"):
         load_settings(tmp_path / "nowhere.toml", {})
+
+
+def test_a_store_that_is_no_text_is_refused_without_what_it_is() -> None:
+    with pytest.raises(SettingsError, match="setting store") as refused:
+        load_settings(None, {}, {"store": {"url": ["postgresql://softcue:s3cret@db/softcue"]}})
+    assert "s3cret" not in str(refused.value)

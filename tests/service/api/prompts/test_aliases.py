@@ -55,6 +55,8 @@ async def test_who_does_not_say_where_it_points_is_told_how_to(client: AsyncTest
         status, code, message = refusal(response)
         assert (status, code) == (428, "precondition_required")
         assert "send If-Match with the ETag that GET gave" in message
+        # Only what moves can be created.
+        assert ("If-None-Match" in message) is (response.request.method == "PUT")
     assert store.registry.version("intents", "production").label == "v1"
 
 

@@ -323,8 +323,22 @@ async def test_filters_that_none_can_be_are_refused(client: AsyncTestClient[Any]
 
 
 async def test_odd_queries_are_answered(client: AsyncTestClient[Any]) -> None:
-    for query in ("tag=%FF", "tag=%ED%A0%80", "tag=&tag=", "unknown=1", "%00=%00", "tag=é"):
+    for query in ("tag=%FF", "tag=%ED%A0%80", "tag=&tag=", "%00=%00", "tag=é"):
         assert (await client.get(f"/v1/prompts?{query}")).status_code in (200, 400), query
+
+
+async def test_a_parameter_that_is_not_taken_is_refused_rather_than_ignored(client: AsyncTestClient[Any]) -> None:
+    for method, path, said in (
+        ("GET", "?aliass=production", "no query parameter 'aliass' here; did you mean 'alias'? it takes task, kind"),
+        ("GET", "/copy/versions?kind=text", "'kind' here; it takes after, limit"),
+        ("GET", "/copy?task=intents", "'task' here; it takes none"),
+        ("POST", "/copy/versions?idempotency_key=1", "'idempotency_key'"),
+        ("DELETE", "/copy/versions/v1?resaon=old", "did you mean 'reason'?"),
+        ("GET", "/copy/aliases/production/history?page=2", "it takes after, limit"),
+    ):
+        answer = await client.request(method, f"/v1/prompts{path}", headers=SAFETENSORS)
+        status, code, message = refusal(answer)
+        assert (status, code, said in message) == (400, "unknown_parameter", True), message
 
 
 async def test_a_version_without_a_tensor_has_none_to_download(client: AsyncTestClient[Any]) -> None:
