@@ -304,15 +304,15 @@ def _text_of(what: str, document: dict[str, Any]) -> str:
 def _write_tensor(connection: Connection, tensor: Tensor, digest: str) -> bool:
     """Stores a tensor where the store has none of that digest, or has it damaged; returns whether it did."""
     here = tensors.c.digest == digest
-    stored = connection.execute(select(tensors.c.data).where(here)).scalar_one_or_none()
-    if stored is not None and bytes(stored) == tensor.data:
-        return False
     columns = {
         "dtype": tensor.dtype,
         "shape": json.dumps(list(tensor.shape)),
         "size_bytes": tensor.size_bytes,
         "data": tensor.data,
     }
+    stored = connection.execute(select(*(tensors.c[name] for name in columns)).where(here)).one_or_none()
+    if stored is not None and tuple(stored) == tuple(columns.values()):
+        return False
     if stored is None:
         connection.execute(insert(tensors).values(digest=digest, **columns))
     else:

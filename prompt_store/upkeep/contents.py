@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,19 +28,12 @@ def check_tensors(reader: Reader, checked: Checked) -> Iterator[Problem]:
         fault = _tensor_fault(reader, digest, checked)
         if fault is not None:
             having = reader.labels(owners[digest])
-            remedy = f"{RESTORE}, or delete {' and '.join(having)} and publish the prompt again"
-            yield Problem(
-                "damaged",
-                f"tensor {digest[:12]}",
-                fault,
-                remedy if having else "`softcue prompts gc` removes it",
-                having,
-            )
+            remedy = _republish(having) if having else "`softcue prompts gc` removes it"
+            yield Problem("damaged", f"tensor {digest[:12]}", fault, remedy, having)
     for digest in sorted(owners.keys() - set(digests)):
         having = reader.labels(owners[digest])
-        yield Problem(
-            "missing", f"tensor {digest[:12]}", f"it is gone, and {', '.join(having)} need it", RESTORE, having
-        )
+        text = f"it is gone, and {', '.join(having)} need it"
+        yield Problem("missing", f"tensor {digest[:12]}", text, _republish(having), having)
 
 
 def check_tasks(reader: Reader, checked: Checked) -> Iterator[Problem]:
@@ -104,6 +97,11 @@ def check_versions(reader: Reader, checked: Checked) -> Iterator[Problem]:
             faults.append(Problem("contradictory", where, "another version has its number too", RESTORE))
         numbers.add((row.task, row.number))
         yield from faults
+
+
+def _republish(versions: Sequence[str]) -> str:
+    # They have the tensor in common, so one publication puts it right for all of them.
+    return f"{RESTORE}, or publish the prompt of {' or '.join(versions)} again, which puts it right"
 
 
 def _tensor_fault(reader: Reader, digest: str, checked: Checked) -> str | None:

@@ -43,6 +43,12 @@ def only(registry: Registry) -> Problem:
     return found[0]
 
 
+def publish_third(registry: Registry) -> None:
+    """Publishes what v3 holds again."""
+    first = registry.version(TASK, "v3")
+    assert not publish(registry, seed=2, task_revision=first.task_revision).created
+
+
 def found(registry: Registry) -> set[tuple[str, str]]:
     """Kind and place of each problem, without what SQLite's own check of foreign keys adds."""
     return {(problem.kind, problem.where) for problem in problems(registry) if not problem.where.startswith("table ")}
@@ -71,7 +77,9 @@ def test_a_flipped_byte_of_a_tensor_is_found_and_its_versions_named(registry: Re
     problem = only(registry)
     assert (problem.kind, problem.where) == ("damaged", f"tensor {prompt(0).digest[:12]}")
     assert problem.versions == (f"{TASK}@v1", f"{TASK}@v5")
-    assert "restore a backup, or delete support_intents@v1 and support_intents@v5" in problem.remedy
+    assert "or publish the prompt of support_intents@v1 or support_intents@v5 again" in problem.remedy
+    assert not publish(registry, seed=0).created
+    assert problems(registry) == []
 
 
 def test_every_damaged_tensor_is_named_and_the_rest_is_checked(registry: Registry) -> None:
@@ -91,12 +99,28 @@ def test_a_tensor_is_hashed_with_its_dtype_and_shape(registry: Registry, column:
            value=value, digest=prompt(2).digest)  # fmt: skip
     problem = only(registry)
     assert (problem.kind, problem.versions) == ("damaged", (f"{TASK}@v3",))
+    before = registry.snapshot()
+    publish_third(registry)
+    assert problems(registry) == []
+    # Services look again.
+    assert registry.snapshot(before).sequence == before.sequence + 1
 
 
 def test_a_missing_tensor_is_named_with_its_versions(registry: Registry) -> None:
     change(registry.database, "DELETE FROM tensors WHERE digest = :digest", digest=prompt(2).digest)
     (problem,) = [problem for problem in problems(registry) if problem.where.startswith("tensor ")]
     assert (problem.kind, problem.versions) == ("missing", (f"{TASK}@v3",))
+    assert "or publish the prompt of support_intents@v3 again" in problem.remedy
+    publish_third(registry)
+    assert problems(registry) == []
+
+
+def test_a_lost_current_revision_is_stored_again_by_applying_the_task(registry: Registry) -> None:
+    current = registry.apply_task(task(description="newest"), ANNA)
+    change(registry.database, "DELETE FROM task_revisions WHERE digest = :digest", digest=current.digest)
+    assert ("missing", f"task '{TASK}'") in found(registry)
+    assert registry.apply_task(task(description="newest"), ANNA).digest == current.digest
+    assert problems(registry) == []
 
 
 def test_a_changed_payload_no_longer_has_its_digest(registry: Registry) -> None:
