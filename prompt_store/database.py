@@ -13,8 +13,8 @@ from typing import Protocol, Self
 
 from sqlalchemy import Connection, event, insert, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from prompt_store.errors import NotYetSupported, StoreError, StoreUnavailable
 from prompt_store.migrating import MIGRATIONS, bring_up_to_date

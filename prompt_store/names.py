@@ -11,8 +11,9 @@ free text, as far as a database can hold it.
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
-from prompt_store.errors import InvalidArtifact, InvalidName
+from prompt_store.errors import InvalidArtifact, InvalidName, StoreError
 
 SHORTEST_DIGEST_PREFIX = 8
 
@@ -134,9 +135,21 @@ def is_digest(text: str) -> bool:
 
 def check_text(what: str, text: str) -> str:
     """Returns `text`. Raises InvalidArtifact for what a database cannot hold: NUL, and half of a surrogate pair."""
-    if _NO_TEXT.search(text):
-        raise InvalidArtifact(f"the {what} {_shown(text)} holds NUL or half a character; remove it")
+    check_texts(what, text)
     return text
+
+
+def check_texts(what: str, value: Any, refusal: type[StoreError] = InvalidArtifact) -> None:
+    """Checks every text in a JSON value, its keys too, as `check_text`. Raises `refusal`."""
+    pending = [value]
+    while pending:
+        match pending.pop():
+            case str() as text if _NO_TEXT.search(text):
+                raise refusal(f"the {what} {_shown(text)} holds NUL or half a character; remove it")
+            case dict() as inner:
+                pending += [*inner.keys(), *inner.values()]
+            case list() | tuple() as inner:
+                pending += inner
 
 
 def _shown(text: str) -> str:

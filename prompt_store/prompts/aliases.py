@@ -163,6 +163,7 @@ def remove_alias(
     Raises UnknownAlias when it is not there, Conflict when `expected` does not hold or a route other than the default
     names it.
     """
+    check_alias(alias)
     require_task(connection, task)
     previous = _compare(connection, task, alias, _expected_digest(connection, task, expected))
     if previous is None:
@@ -213,7 +214,8 @@ def read_aliases(connection: Connection, task: str) -> list[Alias]:
 
 
 def read_alias_history(connection: Connection, task: str, alias: str) -> list[AliasMove]:
-    """Every move of an alias, oldest first. Raises UnknownTask, or UnknownAlias when it never was."""
+    """Every move of an alias, oldest first. Raises UnknownTask, InvalidName, or UnknownAlias when it never was."""
+    check_alias(alias)
     require_task(connection, task)
     rows = connection.execute(
         select(alias_moves)

@@ -9,23 +9,35 @@ from sqlalchemy import Connection, insert, select, update
 from prompt_store.access import Principal
 from prompt_store.changes import record
 from prompt_store.errors import Conflict, InvalidArtifact, InvalidName, UnknownBase
-from prompt_store.names import SHORTEST_DIGEST_PREFIX
+from prompt_store.names import SHORTEST_DIGEST_PREFIX, check_texts
 from prompt_store.prompts.version import BaseDescription
 from prompt_store.tables import bases, versions
 
 # Added to the schema later: a base that an earlier release registered has none.
 _FILLED_IN = ("kv_heads", "head_size")
 
+# What the columns hold; SQLite alone would take more.
+_LONGEST_FINGERPRINT = 128
+_LARGEST_SIZE = 2**31 - 1
+
 
 def register_base(connection: Connection, base: BaseDescription, principal: Principal, at: datetime) -> None:
     """Adds a base once. The first name stays: a fingerprint is one model, wherever its folder is.
 
     KV sizes that were not known are filled in. Raises Conflict when the same fingerprint was registered with other
-    sizes, InvalidArtifact for sizes below 1.
+    sizes, InvalidArtifact for sizes and texts that the store cannot hold.
     """
-    sizes = (base.hidden_size, base.layers, base.context_length, base.vocabulary_size)
-    if not base.fingerprint or not base.name or min(sizes) < 1:
-        raise InvalidArtifact(f"base {base.name!r} has an empty name, fingerprint or size; describe the loaded model")
+    check_texts("description of the base", asdict(base))
+    sizes = [value for value in asdict(base).values() if isinstance(value, int)]
+    if not base.fingerprint or not base.name or not all(1 <= size <= _LARGEST_SIZE for size in sizes):
+        raise InvalidArtifact(
+            f"base {base.name!r} has an empty name or fingerprint, or a size that is none; describe the loaded model"
+        )
+    if len(base.fingerprint) > _LONGEST_FINGERPRINT:
+        raise InvalidArtifact(
+            f"base {base.name!r} has a fingerprint of {len(base.fingerprint)} characters; give at most "
+            f"{_LONGEST_FINGERPRINT}, as a SHA-256 in hexadecimal"
+        )
     known = {entry.fingerprint: entry for entry in read_bases(connection)}.get(base.fingerprint)
     if known is not None:
         differing = [

@@ -15,7 +15,7 @@ from prompt_store.errors import (
     UnknownAlias,
     UnknownVersion,
 )
-from prompt_store.names import AliasSelector, DigestSelector, NumberSelector, Selector, parse_selector
+from prompt_store.names import AliasSelector, DigestSelector, NumberSelector, Selector, is_digest, parse_selector
 from prompt_store.prompts import prefix, soft_prompt
 from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.revisions import require_task
@@ -59,19 +59,12 @@ def task_versions(connection: Connection, task: str) -> list[PromptVersion | Unr
 
 def read_version(connection: Connection, digest: str) -> PromptVersion:
     """The version of that full digest, whichever task it belongs to. Raises UnknownVersion."""
-    row = connection.execute(select_versions().where(versions.c.digest == digest)).one_or_none()
-    if row is None:
-        raise UnknownVersion(digest)
-    return to_version(row)
+    return to_version(_read_row(connection, select_versions(), digest))
 
 
 def read_evidence(connection: Connection, version: str) -> Evidence:
     """The evidence of a version given by full digest. Raises UnknownVersion, or SchemaMismatch for what is no JSON."""
-    row = connection.execute(
-        select(versions.c.report, versions.c.recipe).where(versions.c.digest == version)
-    ).one_or_none()
-    if row is None:
-        raise UnknownVersion(version)
+    row = _read_row(connection, select(versions.c.report, versions.c.recipe), version)
     try:
         return Evidence(*(json.loads(text) if text is not None else None for text in row))
     except ValueError as error:
@@ -176,6 +169,14 @@ def _prefix_shape(text: str) -> tuple[int, int, int, int, int] | None:
         return None
     shape = (layers, two, heads, length, width)
     return shape if all(type(size) is int for size in shape) else None
+
+
+def _read_row(connection: Connection, query: Select[Any], digest: str) -> Row[Any]:
+    # What is no digest may be text that the database does not even take as a question.
+    row = connection.execute(query.where(versions.c.digest == digest)).one_or_none() if is_digest(digest) else None
+    if row is None:
+        raise UnknownVersion(digest)
+    return row
 
 
 def _find_row(connection: Connection, task: str, selector: Selector, text: str) -> Row[Any]:

@@ -11,7 +11,7 @@ from prompt_store.access import Principal
 from prompt_store.canonical import canonical_json
 from prompt_store.changes import record
 from prompt_store.errors import BaseMismatch, InvalidArtifact, UnknownBase
-from prompt_store.names import check_alias, check_text
+from prompt_store.names import check_alias, check_texts
 from prompt_store.prompts.aliases import set_alias
 from prompt_store.prompts.bases import read_bases
 from prompt_store.prompts.lookup import read_version
@@ -84,8 +84,12 @@ def prepare(connection: Connection, new: NewVersion, alias: str | None) -> Prepa
     """
     if alias is not None:
         check_alias(alias)
-    for what, text in (("notes", new.notes), ("author", new.author or ""), *(("tag", tag) for tag in new.tags)):
-        check_text(what, text)
+    check_texts("notes", new.notes)
+    check_texts("author", new.author)
+    check_texts("tags", new.tags)
+    check_texts("provenance", new.provenance.model_dump())
+    if isinstance(new.payload_content, TextPayload | RemoteModelPayload):
+        check_texts("payload", new.payload_content.model_dump())
     revision = current_revision(connection, new.task)
     if new.task_revision is not None and new.task_revision != revision.digest:
         revision = read_revision(connection, new.task_revision)

@@ -379,6 +379,7 @@ class Registry:
 
         Raises InUse naming the aliases, route and ensembles that need it; otherwise as `version`.
         """
+        check_text("reason", reason)
         with self.database.write() as connection:
             return deleting.delete_version(
                 connection, task, selector, reason=reason, principal=principal, at=self._now()
@@ -391,6 +392,7 @@ class Registry:
 
     def collect(self, grace: timedelta, principal: Principal, reason: str) -> Collection:
         """Removes what nothing has named for as long as `grace`, in several short transactions; tells what went."""
+        check_text("reason", reason)
         return collecting.collect(self.database, grace, reason=reason, principal=principal, now=self._now())
 
 

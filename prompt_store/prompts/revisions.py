@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 from prompt_store.access import Principal
 from prompt_store.changes import record
 from prompt_store.errors import SchemaMismatch, UnknownTask, UnknownVersion
-from prompt_store.names import check_task_name
+from prompt_store.names import check_task_name, is_digest
 from prompt_store.prompts.task import Task
 from prompt_store.tables import task_revisions, tasks
 
@@ -113,7 +113,8 @@ def current_revisions(connection: Connection) -> list[TaskRevision]:
 
 def read_revision(connection: Connection, digest: str) -> TaskRevision:
     """Raises UnknownVersion when no task has a revision of that digest."""
-    row = connection.execute(select(task_revisions).where(task_revisions.c.digest == digest)).one_or_none()
+    query = select(task_revisions).where(task_revisions.c.digest == digest)
+    row = connection.execute(query).one_or_none() if is_digest(digest) else None
     if row is None:
         raise UnknownVersion(digest, where=" of any task's revisions", remedy="apply the task it belongs to first")
     return to_revision(row)

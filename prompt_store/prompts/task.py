@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from prompt_store.canonical import canonical_digest, canonical_json
 from prompt_store.errors import InvalidName, InvalidTask, nearest_name
-from prompt_store.names import check_task_name
+from prompt_store.names import check_task_name, check_texts
 from prompt_store.prompts.template import FIELD_NAME, Message, fill_in, render_messages, template_fields
 
 __all__ = ["Message", "Metric", "SamplingDefaults", "Task", "load_task", "parse_task", "render_messages"]
@@ -150,6 +150,8 @@ class Task(BaseModel):
 
 def parse_task(document: Mapping[str, Any], *, source: str = "task") -> Task:
     """Raises InvalidTask giving `source`, the place and the reason; an unknown key names the nearest known one."""
+    # Not the model's own rule: it also reads what the store took in before there was this one.
+    check_texts(f"text of {source}", document, InvalidTask)
     try:
         return Task.model_validate(dict(document))
     except ValidationError as error:

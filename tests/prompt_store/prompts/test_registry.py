@@ -37,7 +37,7 @@ def test_a_base_is_registered_once(empty_registry: Registry) -> None:
 def test_a_fingerprint_stands_for_one_model(registry: Registry) -> None:
     with pytest.raises(Conflict, match=r"hidden_size=32 \(was 16\)"):
         registry.register_base(replace(BASE, hidden_size=32), ANNA)
-    with pytest.raises(InvalidArtifact, match="empty name, fingerprint or size"):
+    with pytest.raises(InvalidArtifact, match="has an empty name or fingerprint"):
         registry.register_base(replace(OTHER_BASE, layers=0), ANNA)
     assert registry.bases() == [BASE]
 
