@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection, delete, func, select
 
 from prompt_store.access import Principal
+from prompt_store.changes import current_sequence
 from prompt_store.database import Database
 from prompt_store.idempotency import LIFETIME
 from prompt_store.prompts.aliases import read_rollback_targets
@@ -85,22 +86,25 @@ def plan_collection(connection: Connection, grace: timedelta, now: datetime) -> 
 def collect(database: Database, grace: timedelta, *, reason: str, principal: Principal, now: datetime) -> Collection:
     """Removes what nothing names and tells what went.
 
-    In transactions of a few versions each, every one of which decides anew: what is named meanwhile stays. Interrupted,
-    it leaves a whole store with less collected.
+    In transactions of a few versions each. Wherever somebody has written since the one before, it is decided anew what
+    goes: what is named meanwhile stays. Interrupted, it leaves a whole store with less collected.
     """
     gone: list[UnnamedVersion] = []
     orphans: list[OrphanedTensor] = []
     answers = freed = 0
+    sequence: int | None = None
     while True:
         with database.write() as connection:
-            plan = plan_collection(connection, grace, now)
-            orphans += plan.tensors
-            freed += sum(tensor.size_bytes for tensor in plan.tensors)
-            connection.execute(delete(tensors).where(tensors.c.digest.not_in(select(version_tensors.c.tensor))))
-            answers += plan.answers
-            connection.execute(delete(idempotency_keys).where(idempotency_keys.c.created_at < now - LIFETIME))
-            # Ensembles first, so that none is ever without its members.
-            batch = sorted(plan.versions, key=lambda version: version.kind != "ensemble")[:_VERSIONS_AT_ONCE]
+            if current_sequence(connection) != sequence:
+                plan = plan_collection(connection, grace, now)
+                orphans += plan.tensors
+                freed += sum(tensor.size_bytes for tensor in plan.tensors)
+                connection.execute(delete(tensors).where(tensors.c.digest.not_in(select(version_tensors.c.tensor))))
+                answers += plan.answers
+                connection.execute(delete(idempotency_keys).where(idempotency_keys.c.created_at < now - LIFETIME))
+                # Ensembles first, so that none is ever without its members.
+                left = sorted(plan.versions, key=lambda version: version.kind != "ensemble")
+            batch, left = left[:_VERSIONS_AT_ONCE], left[_VERSIONS_AT_ONCE:]
             for version in batch:
                 freed += erase_version(
                     connection,
@@ -112,8 +116,9 @@ def collect(database: Database, grace: timedelta, *, reason: str, principal: Pri
                     principal=principal,
                     at=now,
                 )
+            sequence = current_sequence(connection)
         gone += batch
-        if len(batch) == len(plan.versions):
+        if not left:
             gone.sort(key=lambda version: (version.task, version.number))
             return Collection(tuple(gone), tuple(orphans), answers, freed, plan.waiting)
 

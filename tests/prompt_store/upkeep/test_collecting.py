@@ -1,9 +1,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
-from sqlalchemy import func, insert, select
+from sqlalchemy import event, func, insert, select
 
 from prompt_store.database import Database
 from prompt_store.prompts.registry import Registry
@@ -201,3 +202,33 @@ def test_more_versions_than_one_transaction_takes_go_too(registry: Registry, clo
     assert len(plan.versions) == 119
     assert collect(registry) == plan
     assert [version.label for version in registry.versions(TASK)] == ["v60"]
+
+
+def test_a_quiet_store_is_planned_once_however_much_goes(registry: Registry, clock: Clock) -> None:
+    for seed in range(120):
+        publish(registry, seed=seed)
+    clock.pass_days(31)
+    plans: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "GROUP BY alias_moves.previous" in statement:
+            plans.append(statement)
+
+    event.listen(registry.database.storage.engine, "before_cursor_execute", note)
+    assert len(collect(registry).versions) == 120
+    assert len(plans) == 1
+
+
+def test_what_is_named_between_two_transactions_of_a_collection_stays(registry: Registry, clock: Clock) -> None:
+    for seed in range(120):
+        publish(registry, seed=seed)
+    clock.pass_days(31)
+    engine = registry.database.storage.engine
+
+    def name_the_last(*_: Any) -> None:
+        event.remove(engine, "checkin", name_the_last)
+        move(registry, "v120")
+
+    event.listen(engine, "checkin", name_the_last)
+    assert len(collect(registry).versions) == 119
+    assert [version.label for version in registry.versions(TASK)] == ["v120"]
