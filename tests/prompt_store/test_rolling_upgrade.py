@@ -17,7 +17,12 @@ import pytest
 
 from prompt_store.database import Database
 from prompt_store.migrating import MIGRATIONS, newest_revision
+from prompt_store.prompts.registry import NewVersion, Registry
+from prompt_store.prompts.soft_prompt import SoftPrompt
+from prompt_store.prompts.version import RemoteModelPayload
+from prompt_store.upkeep.verifying import verify
 from tests.conftest import ROOT
+from tests.prompt_store.building import ANNA, BASE, prefix, prompt, publish, task
 from tests.prompt_store.consistency import assert_consistent
 from tests.prompt_store.test_migrating import revision_of
 
@@ -103,6 +108,41 @@ def test_the_previous_release_goes_on_beside_the_migration_and_after_it(previous
     assert late <= set(told(ROOT, store)["versions"])
     assert revision_of(str(store)) == newest_revision()
     assert_consistent(str(store))
+
+
+def test_the_previous_release_reads_and_goes_on_with_all_that_this_one_can_write(previous: Path, store: Path) -> None:
+    with Database.open(store) as database:
+        registry = Registry(database)
+        registry.register_base(BASE, ANNA)
+        registry.move_alias("support_intents", "candidate", "v2", reason="", principal=ANNA)
+        registry.rollback_alias("support_intents", "candidate", reason="", principal=ANNA)
+        registry.remove_alias("support_intents", "candidate", reason="", principal=ANNA)
+        registry.rollback_alias("support_intents", "candidate", reason="", principal=ANNA)
+        registry.move_alias("support_intents", "gone", "v1", reason="", principal=ANNA)
+        registry.remove_alias("support_intents", "gone", reason="", principal=ANNA)
+        publish(registry, payload_content=prefix(), alias="prefixed")
+        publish(registry, payload_content=RemoteModelPayload(provider="openai", model="ft:gpt:acme::1"), alias="remote")
+        half = SoftPrompt("BF16", (1, 16), b"\x80\x3f" * 16)
+        publish(registry, payload_content=half, recipe={"seed": 1}, author="boris", report={"accuracy": 1})
+        registry.publish(
+            NewVersion("support_intents", prompt(50), BASE.fingerprint), None, "", ANNA, idempotency_key="once"
+        )
+        registry.delete_version("support_intents", "v9", reason="", principal=ANNA)
+        registry.add_task_revision(task(description="beside"), ANNA)
+    before = told(ROOT, store)
+    kinds = [row[8] for row in before["versions"].values()]
+    assert {"prefix", "remote_model", "soft_prompt", "text", "ensemble"} == set(kinds)
+    assert {"candidate", "prefixed", "production", "remote"} == set(before["aliases"])
+    assert told(previous, store) == before
+    late = set(run(previous, "work", store, 3000, 3).split()) - {"open"}
+    after = told(ROOT, store)
+    assert {after["versions"][digest][0] for digest in late} == {"v10", "v11", "v12"}
+    assert told(previous, store) == after
+    with Database.open(store, create=False) as database:
+        assert [str(problem) for problem in verify(database)] == []
+        # A rollback takes back what the previous release moved.
+        back = Registry(database).rollback_alias("support_intents", "production", reason="", principal=ANNA)
+        assert back.number == 11
 
 
 def test_the_previous_release_refuses_a_schema_that_names_no_older_reader(
