@@ -206,6 +206,17 @@ class Registry:
         with self.database.read() as connection:
             return lookup.read_soft_prompt(connection, version)
 
+    def delete_version(self, task: str, selector: str, *, reason: str, principal: Principal) -> PromptVersion:
+        """Removes a version and the tensors that it alone had; returns what it was. Its number is not given again.
+
+        Raises InUse naming the aliases, route and ensembles that need it; otherwise as `version`.
+        """
+        check_text("reason", reason)
+        with self.database.write() as connection:
+            return deleting.delete_version(
+                connection, task, selector, reason=reason, principal=principal, at=self._now()
+            )
+
     def move_alias(
         self,
         task: str,
@@ -329,6 +340,12 @@ class Registry:
         with self.database.read() as connection:
             return listing.page_moves(connection, task, alias, after=after, limit=limit)
 
+    def rollback_target(self, task: str, alias: str) -> str | None:
+        """The digest that `rollback_alias` would return an existing alias to; None where it would be refused."""
+        with self.database.read() as connection:
+            revisions.require_task(connection, task)
+            return aliases.read_rollback_targets(connection, task).get((task, alias))
+
     def apply_route(self, task: str, route: Route, principal: Principal) -> RouteRevision:
         """Puts a route in force. An alias in it may be set later; a number or digest must exist now.
 
@@ -367,23 +384,6 @@ class Registry:
         """Everything but tensor bytes and evidence, as of one moment; only what changed since `previous` is read."""
         with self.database.read() as connection:
             return read_snapshot(connection, previous)
-
-    def rollback_target(self, task: str, alias: str) -> str | None:
-        """The digest that `rollback_alias` would return an existing alias to; None where it would be refused."""
-        with self.database.read() as connection:
-            revisions.require_task(connection, task)
-            return aliases.read_rollback_targets(connection, task).get((task, alias))
-
-    def delete_version(self, task: str, selector: str, *, reason: str, principal: Principal) -> PromptVersion:
-        """Removes a version and the tensors that it alone had; returns what it was. Its number is not given again.
-
-        Raises InUse naming the aliases, route and ensembles that need it; otherwise as `version`.
-        """
-        check_text("reason", reason)
-        with self.database.write() as connection:
-            return deleting.delete_version(
-                connection, task, selector, reason=reason, principal=principal, at=self._now()
-            )
 
     def plan_collection(self, grace: timedelta) -> Collection:
         """What `collect` would remove now: what nothing has named for as long as `grace`."""
