@@ -223,12 +223,10 @@ def test_what_is_named_between_two_transactions_of_a_collection_stays(registry: 
     for seed in range(120):
         publish(registry, seed=seed)
     clock.pass_days(31)
-    engine = registry.database.storage.engine
 
     def name_the_last(*_: Any) -> None:
-        event.remove(engine, "checkin", name_the_last)
         move(registry, "v120")
 
-    event.listen(engine, "checkin", name_the_last)
+    event.listen(registry.database.storage.engine, "checkin", name_the_last, once=True)
     assert len(collect(registry).versions) == 119
     assert [version.label for version in registry.versions(TASK)] == ["v120"]
