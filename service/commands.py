@@ -9,6 +9,7 @@ import shlex
 import signal
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from service.catalog import Catalog
 
 Option = typer.Option
+
+# Requests that read or write the store at once; fewer than it lends connections.
+_STORE_THREADS = 12
 
 # Between the end of the grace and cutting connections: time to write the last event.
 _LAST_WORDS_S = 5
@@ -36,6 +40,7 @@ def serve(
 ) -> None:
     """Serve the tasks of a prompt store over HTTP."""
     import uvicorn
+    from litestar.concurrency import set_asyncio_executor
 
     from prompt_store.errors import StoreError
     from service.app import create_app
@@ -81,6 +86,8 @@ def serve(
             )
         )
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn handles it, then raises it again for whoever was there
+        # Threads of their own: requests that wait for a busy store leave those of all other requests alone.
+        set_asyncio_executor(ThreadPoolExecutor(_STORE_THREADS, thread_name_prefix="softcue-store"))
         print(f"softcue: starting on http://{address[0]}:{address[1]}", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
     except (SettingsError, StoreError, EngineError, OSError) as error:

@@ -6,12 +6,14 @@ import os
 import re
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
@@ -250,6 +252,37 @@ def test_a_stream_beyond_the_grace_ends_in_an_error_not_in_silence(
             list(stream)
         assert server.process.wait(30) == 0
         assert "Traceback" not in server.log.read_text()
+
+
+def test_requests_that_wait_for_the_store_keep_no_others_waiting(server: Server, tmp_path: Path) -> None:
+    def write() -> int:
+        url = f"{server.url}/v1/prompts/colours/aliases/production"
+        return httpx.delete(url, headers={"if-match": "*"}, timeout=60).status_code
+
+    def store_answers() -> bool:
+        try:
+            return httpx.get(f"{server.url}/v1/prompts", timeout=1).is_success
+        except httpx.ReadTimeout:
+            return False
+
+    question = {
+        "model": "base",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 4,
+        "response_format": {"type": "json_object"},
+    }
+    database = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+    with closing(database), ThreadPoolExecutor(40) as writers:
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            waiting = [writers.submit(write) for _ in range(40)]
+            eventually(store_answers, lambda answers: not answers)
+            # Its grammar is checked in a thread.
+            answer = httpx.post(f"{server.url}/v1/chat/completions", json=question, timeout=20)
+            assert (answer.status_code, any(write.done() for write in waiting)) == (200, False)
+        finally:
+            database.execute("ROLLBACK")
+        assert {write.result() for write in waiting} == {404}
 
 
 def test_a_port_in_use_and_a_missing_base_are_told_apart_with_remedies(server: Server, tmp_path: Path) -> None:
