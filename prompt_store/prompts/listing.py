@@ -5,14 +5,14 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, String, and_, cast, exists, func, null, or_, select
+from sqlalchemy import ColumnElement, Connection, String, and_, cast, exists, func, or_, select
 from sqlalchemy.dialects.postgresql import JSONB
 
 from prompt_store.errors import InvalidName
 from prompt_store.names import check_alias, check_task_name, check_text
 from prompt_store.prompts.aliases import AliasMove, no_such_alias
 from prompt_store.prompts.bases import find_base, read_bases
-from prompt_store.prompts.lookup import read_row
+from prompt_store.prompts.lookup import read_row, select_versions
 from prompt_store.prompts.revisions import require_task
 from prompt_store.prompts.unreadable import UnreadableVersion
 from prompt_store.prompts.version import PromptVersion
@@ -20,9 +20,6 @@ from prompt_store.tables import alias_moves, aliases, versions
 
 DEFAULT_PAGE = 50
 LARGEST_PAGE = 200
-
-# Reports and recipes can be megabytes, of which a list shows nothing.
-_LISTED = [*(column for column in versions.c if column.name not in ("report", "recipe")), null().label("report")]
 
 _VERSION_PLACE = re.compile(r"([a-z0-9_-]+) ([1-9][0-9]{0,8})")
 _MOVE_PLACE = re.compile(r"([1-9][0-9]{0,17})")
@@ -92,7 +89,7 @@ def page_versions(
             or_(versions.c.task > last_task, versions.c.number < int(last_number)),
         ]
     rows = connection.execute(
-        select(*_LISTED).where(*wanted).order_by(versions.c.task, versions.c.number.desc()).limit(limit + 1)
+        select_versions().where(*wanted).order_by(versions.c.task, versions.c.number.desc()).limit(limit + 1)
     ).all()
     page = [read_row(row) for row in rows[:limit]]
     named = _aliases_of(connection, page)

@@ -1,9 +1,12 @@
 import pytest
+from sqlalchemy import update
 
 from prompt_store.errors import InvalidArtifact, InvalidName, UnknownAlias, UnknownBase, UnknownTask
 from prompt_store.prompts.registry import ListedVersion, Registry
 from prompt_store.prompts.template import Message
+from prompt_store.prompts.unreadable import UnreadableVersion
 from prompt_store.prompts.version import TextPayload
+from prompt_store.tables import versions
 from tests.prompt_store.building import ANNA, OTHER_BASE, publish, task
 
 TEXT = TextPayload(messages=(Message(role="user", content="Sort {message}"),))
@@ -133,3 +136,13 @@ def test_bases_say_how_many_versions_they_carry_and_which_tasks_have_none(filled
         "demo-base": ({"alpha": ("v1", "v2", "v3")}, 3, ("support_intents",)),
         "other-base": ({"support_intents": ("v1",)}, 1, ("alpha",)),
     }
+
+
+def test_a_version_that_cannot_be_read_is_listed_in_its_place_and_hides_no_other(filled: Registry) -> None:
+    with filled.database.write() as connection:
+        here = (versions.c.task == "alpha") & (versions.c.number == 2)
+        connection.execute(update(versions).where(here).values(payload="{}"))
+    listed = filled.page(task="alpha").entries
+    assert [entry.version.label for entry in listed] == ["v3", "v2", "v1"]
+    assert [isinstance(entry.version, UnreadableVersion) for entry in listed] == [False, True, False]
+    assert listed[1].aliases == ("production",)

@@ -13,7 +13,7 @@ from prompt_store.access import ANONYMOUS
 from prompt_store.prompts.artifact import Artifact, decode_artifact, encode_artifact
 from prompt_store.prompts.registry import NewVersion
 from prompt_store.prompts.version import BaseDescription, DatasetUse, Provenance
-from prompt_store.tables import tensors
+from prompt_store.tables import tensors, versions
 from service.engines.scripted import ScriptedEngine
 from tests.conftest import random_prompt
 from tests.service.serving import COPY, Store, client_of
@@ -62,6 +62,18 @@ async def test_versions_are_listed_in_pages_with_their_aliases(client: AsyncTest
     of_task = (await client.get("/v1/prompts/intents/versions?limit=1")).json()
     assert ([entry["version"] for entry in of_task["data"]], of_task["has_more"]) == (["v2"], True)
     assert not {"report", "recipe", "provenance"} & set(of_task["data"][0])
+
+
+async def test_a_version_that_cannot_be_read_is_listed_with_the_reason(
+    client: AsyncTestClient[Any], store: Store
+) -> None:
+    with store.registry.database.write() as connection:
+        connection.execute(update(versions).where(versions.c.task == "copy").values(payload="{}"))
+    listed = (await client.get("/v1/prompts")).json()["data"]
+    assert [(entry["task"], "unreadable" in entry) for entry in listed] == [
+        ("copy", True), ("intents", False), ("query", False),
+    ]  # fmt: skip
+    assert "upgrade Softcue or restore a backup" in listed[0]["unreadable"]
 
 
 async def test_filters_combine(client: AsyncTestClient[Any]) -> None:
