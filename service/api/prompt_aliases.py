@@ -27,7 +27,7 @@ class AliasController(Controller):
 
     path = "/v1/prompts/{task:str}/aliases"
     tags = ("Prompts",)
-    before_request = require_known_query
+    before_request = staticmethod(require_known_query)
 
     @get(sync_to_thread=True, responses=errors(400, 404, 500, 503))
     def list_aliases(self, task: FromPath[str], registry: NamedDependency[Registry]) -> AliasListBody:

@@ -75,7 +75,7 @@ class PromptController(Controller):
 
     path = "/v1/prompts"
     tags = ("Prompts",)
-    before_request = require_known_query
+    before_request = staticmethod(require_known_query)
 
     @get(sync_to_thread=True, responses=errors(400, 404, 500, 503))
     def list_versions(
