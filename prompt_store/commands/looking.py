@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prompt_store.commands.options import DEFAULT_STORE, AliasArgument, JsonOption, StoreOption, TaskArgument, opened
-from prompt_store.commands.printing import print_document, print_json, print_table, version_document
-from prompt_store.errors import StoreError
+from prompt_store.commands.printing import counted, in_words, print_document, print_json, print_table, version_document
+from prompt_store.errors import InvalidName, StoreError, nearest_name
 from prompt_store.names import RemoteModel, parse_model_name
 from prompt_store.prompts.unreadable import UnreadableVersion
 
 if TYPE_CHECKING:
     from prompt_store.prompts.registry import ListedVersion, Registry
+    from prompt_store.prompts.unreadable import UnreadableVersion
 
 app = typer.Typer()
 
@@ -36,6 +37,7 @@ def list_versions(
 ) -> None:
     """List versions, newest first, with the aliases that point at them."""
     with opened(store) as registry:
+        _check_kind(kind)
         names = {entry.fingerprint: entry.name for entry in registry.bases()}
         found: list[ListedVersion] = []
         after = None
@@ -56,32 +58,37 @@ def list_versions(
         if as_json:
             print_json([version_document(entry.version, entry.aliases) for entry in found])
             return
-        rows = [_row(entry, names) for entry in found]
-        print_table(("task", "version", "aliases", "kind", "base", "digest", "created", "notes"), rows)
+        if found:
+            columns = ("version", "kind", "base", "digest", "created", "aliases, tags, notes")
+            print_table(columns, [_listed_row(entry, names) for entry in found])
         if after is not None:
             typer.echo(f"the first {limit}; name a task, filter, or raise --limit to see more")
-        elif not rows:
+        elif not found and any((kind, base, tag, alias)):
+            typer.echo("no version fits; leave a filter out to see more")
+        elif not found:
             typer.echo("no version; publish one with `softcue tune soft-prompt RECIPE` or `softcue prompts publish`")
 
 
-def _row(entry: ListedVersion, names: Mapping[str, str]) -> tuple[str, ...]:
-    """A version as the columns of `list`; `names` are the bases' by fingerprint."""
+def _check_kind(kind: str | None) -> None:
+    from prompt_store.prompts.version import PAYLOAD_KINDS
+
+    if kind is not None and kind not in PAYLOAD_KINDS:
+        nearest = nearest_name(kind, PAYLOAD_KINDS)
+        hint = f"did you mean {nearest!r}? " if nearest is not None else ""
+        raise InvalidName(f"no kind {kind!r}; {hint}There are {', '.join(PAYLOAD_KINDS)}")
+
+
+def _listed_row(entry: ListedVersion, names: Mapping[str, str]) -> tuple[str, ...]:
+    """As the columns of the list; `names` are those of the bases, by fingerprint."""
     version = entry.version
     if isinstance(version, UnreadableVersion):
-        kind, base, said = version.kind, "", "unreadable: another release wrote it, or it is damaged"
+        kind, base, said = version.kind, "", [f"unreadable: {version.reason}"]
     else:
         kind, base = version.payload.kind, names.get(version.base_fingerprint or "", "")
-        said = " ".join([*(f"#{tag}" for tag in version.tags), version.notes]).strip()
-    return (
-        version.task,
-        version.label,
-        ", ".join(entry.aliases),
-        kind,
-        base,
-        version.digest[:_SHOWN_DIGEST],
-        f"{version.created_at:%Y-%m-%d %H:%M}",
-        said,
-    )
+        said = [*(f"#{tag}" for tag in version.tags), version.notes]
+    marks = " ".join([*(f"@{alias}" for alias in entry.aliases), *said]).strip()
+    name, created = f"{version.task}@{version.label}", f"{version.created_at:%Y-%m-%d}"
+    return name, kind, base, version.digest[:_SHOWN_DIGEST], created, marks
 
 
 @app.command()
@@ -146,6 +153,9 @@ def tasks(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
         if as_json:
             print_json(found)
             return
+        if not found:
+            typer.echo("no task; add one with `softcue prompts apply-task FILE`, or `softcue prompts load FOLDER`")
+            return
         rows = [
             (
                 task["name"],
@@ -179,12 +189,12 @@ def diff(
         if as_json:
             print_json({"task": task, "first": sides[0].label, "second": sides[1].label, **found.document()})
             return
-        headers = ("", sides[0].label, sides[1].label)
+        headers = ("fact", sides[0].label, sides[1].label)
         if found.same:
             typer.echo(f"{task}@{sides[0].label} and {task}@{sides[1].label} are the same version")
             return
         if found.facts:
-            print_table(headers, [(fact.name, _cell(fact.first), _cell(fact.second)) for fact in found.facts])
+            print_table(headers, [(fact.name, in_words(fact.first), in_words(fact.second)) for fact in found.facts])
         if found.metrics:
             rows = [
                 (metric.name, _figure(metric.first), _figure(metric.second), _change(metric.change))
@@ -200,19 +210,13 @@ def diff(
             ]
             print_table(("tensors", ""), lines)
         elif found.no_distance:
-            typer.echo(found.no_distance)
+            typer.echo(f"no distance: {found.no_distance}")
 
 
 def _tensor(registry: Registry, version: Any) -> Any:
     from prompt_store.prompts.version import payload_tensors
 
     return registry.prompt(version.digest) if payload_tensors(version.payload) else None
-
-
-def _cell(value: Any) -> str:
-    import json
-
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _figure(value: float | None) -> str:
@@ -290,9 +294,12 @@ def bases(
             print_table(("task", f"versions on {entry.base.name}"), carried + [(task, "-") for task in entry.missing])
             if entry.missing:
                 typer.echo(
-                    f"a move to {entry.base.name} still needs {len(entry.missing)} tasks: name this base in their "
-                    "recipes and `softcue tune soft-prompt RECIPE`"
+                    f"a move to {entry.base.name} still needs {counted(len(entry.missing), 'task')}: name this base in "
+                    "their recipes and `softcue tune soft-prompt RECIPE`"
                 )
+            return
+        if not found:
+            typer.echo("no base; `softcue register-base FOLDER` adds one, and so does serving it")
             return
         rows = [
             (
@@ -300,7 +307,7 @@ def bases(
                 entry.base.fingerprint[:12],
                 entry.base.architecture,
                 f"H={entry.base.hidden_size} L={entry.base.layers}",
-                f"{entry.count} of {len(entry.versions)} tasks",
+                f"{entry.count} for {counted(len(entry.versions), 'task')}",
                 ", ".join(entry.missing) or "nothing",
             )
             for entry in found

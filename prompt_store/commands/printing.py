@@ -1,9 +1,10 @@
-"""How the store's commands print: tables by rich, JSON as it is, documents line by line."""
+"""How the store's commands print: tables by rich, JSON as it is, documents a fact a line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,13 @@ from prompt_store.prompts.unreadable import UnreadableVersion
 if TYPE_CHECKING:
     from prompt_store.prompts.version import PromptVersion
 
-LINE_WIDTH = 100
 PIPED_WIDTH = 200
+SHOWN_DIGEST = 12
+
+# What is at most this wide is never broken over lines: labels, digests, times and kinds.
+_UNBROKEN_WIDTH = 12
+_LEAST_LAST_WIDTH = 16
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def print_json(value: Any) -> None:
@@ -27,12 +33,11 @@ def print_document(document: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(document)
         return
-    print_table(
-        ("", ""), [(key, _in_words(value)) for key, value in document.items() if value not in (None, "", [], {})]
-    )
+    print_table(("", ""), [(place, in_words(value)) for place, value in _leaves(document)])
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Where the terminal is too narrow, the last column goes on in further lines, then wide ones; nothing is cut."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -42,9 +47,17 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not console.is_terminal:
         # Nobody's terminal: nothing needs to fit.
         console = Console(width=PIPED_WIDTH)
-    table = Table(box=SIMPLE_HEAD, show_header=any(headers))
+    table = Table(box=SIMPLE_HEAD, show_header=any(headers), collapse_padding=True, pad_edge=False)
+    widths = [
+        max([len(header), *(len(line) for row in rows for line in row[place].splitlines())])
+        for place, header in enumerate(headers)
+    ]
+    # A space beside each column and one at the end.
+    spare = console.width - sum(widths[:-1]) - len(widths) - 1
+    roomy = spare >= min(widths[-1], _LEAST_LAST_WIDTH)
     for place, header in enumerate(headers):
-        table.add_column(header, overflow="fold", no_wrap=place < len(headers) - 1)
+        unbroken = widths[place] <= _UNBROKEN_WIDTH or (roomy and place < len(headers) - 1)
+        table.add_column(header, overflow="fold", no_wrap=unbroken)
     for row in rows:
         # As Text: names and notes are not markup.
         table.add_row(*(Text(cell) for cell in row))
@@ -52,12 +65,18 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def version_document(version: PromptVersion | UnreadableVersion, aliases: Sequence[str]) -> dict[str, Any]:
-    """A version as JSON values, with its label and the aliases that point at it; `reason` where it cannot be read."""
+    """A version as JSON values, with its label and the aliases that point at it; `unreadable` says why where it cannot be read."""
     if isinstance(version, UnreadableVersion):
         known = {**asdict(version), "created_at": version.created_at.isoformat()}
+        known["unreadable"] = known.pop("reason")
     else:
         known = version.model_dump(mode="json")
     return {"version": version.label, "aliases": list(aliases), **known}
+
+
+def counted(number: int, what: str) -> str:
+    """1 version, 2 versions."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def size(count_bytes: int) -> str:
@@ -70,8 +89,27 @@ def size(count_bytes: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _in_words(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    line = json.dumps(value, ensure_ascii=False)
-    return line if len(line) <= LINE_WIDTH else json.dumps(value, indent=2, ensure_ascii=False)
+def in_words(value: Any) -> str:
+    """A JSON value in a cell: digests by their beginning, which every command takes too; nothing for None."""
+    match value:
+        case None:
+            return ""
+        case str():
+            return value[:SHOWN_DIGEST] if _DIGEST.fullmatch(value) else value
+        case float():
+            return f"{value:.6g}"
+        case dict():
+            return " ".join(f"{key}={in_words(inner)}" for key, inner in value.items())
+        case list() | tuple():
+            return ("\n" if any(isinstance(inner, dict) for inner in value) else ", ").join(map(in_words, value))
+    return json.dumps(value)
+
+
+def _leaves(document: dict[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """The values that are not empty, by places such as `payload.shape`."""
+    for key, value in document.items():
+        inner = f"{place}.{key}" if place else key
+        if isinstance(value, dict):
+            yield from _leaves(value, inner)
+        elif value not in (None, "", [], ()):
+            yield inner, value

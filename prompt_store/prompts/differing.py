@@ -110,7 +110,7 @@ def _compared(first: Tensor | None, second: Tensor | None) -> tuple[Distance | N
     if first is None or second is None:
         return None, "" if first is second else "only one of them has a tensor"
     if first.shape != second.shape:
-        return None, f"their tensors have shapes {list(first.shape)} and {list(second.shape)}, so no distance is given"
+        return None, f"their tensors have shapes {list(first.shape)} and {list(second.shape)}"
     return tensor_distance(first, second), ""
 
 

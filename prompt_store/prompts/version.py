@@ -6,7 +6,7 @@ The payload is a tagged union by `kind`; which backend serves which kind is the 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -105,6 +105,7 @@ Payload = Annotated[
     SoftPromptPayload | PrefixPayload | TextPayload | RemoteModelPayload | EnsemblePayload, Field(discriminator="kind")
 ]
 PAYLOAD: TypeAdapter[Payload] = TypeAdapter(Payload)
+PAYLOAD_KINDS: tuple[str, ...] = tuple(kind.model_fields["kind"].default for kind in get_args(get_args(Payload)[0]))
 
 
 def parse_ensemble(members: Sequence[str], base_fingerprint: str | None, vote: str) -> EnsemblePayload:
