@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,25 +57,32 @@ def import_prompt(
         found = read_import(path, task_index=task_index)
         if found.task is not None and found.task != task:
             raise InvalidArtifact(f"{path}: was made for task {found.task!r}, not {task!r}; import it for its own")
+        fingerprint = base_of(registry, str(path), found.base_fingerprint, base)
+        remarks = tuple(filter(None, (found.note, _other_name(found, registry.find_base(fingerprint).name))))
         new = NewVersion(
             task=task,
             payload_content=found.prompt,
-            base_fingerprint=base_of(registry, str(path), found.base_fingerprint, base),
+            base_fingerprint=fingerprint,
             provenance=found.provenance,
-            notes=notes if notes is not None else _notes(found),
+            notes="; ".join(filter(None, (notes if notes is not None else found.notes, _origin(found), *remarks))),
             tags=tuple(tags or ()),
         )
         published = registry.publish(new, alias, reason or f"imported from {path}", command_line_principal())
         print_published(f"{path} ({found.format})", published, alias, registry, as_json)
-        if found.note and not as_json:
-            typer.echo(found.note)
+        if not as_json:
+            for remark in remarks:
+                typer.echo(f"note: {remark}")
 
 
-def _notes(found: Imported) -> str:
-    came = f"imported from {found.format}"
-    if found.base_name:
-        came += f" of {found.base_name}"
-    return "; ".join(filter(None, (found.notes, came, found.note)))
+def _origin(found: Imported) -> str:
+    return f"imported from {found.format}" + (f" of {found.base_name}" if found.base_name else "")
+
+
+def _other_name(found: Imported, chosen: str) -> str:
+    """What there is to say where a file names another base than the chosen one; sizes are all that could be checked."""
+    if found.base_name is None or Path(found.base_name).name.lower() == Path(chosen).name.lower():
+        return ""
+    return f"it names {found.base_name!r} as its base, and was imported for {chosen!r}, whose sizes it fits"
 
 
 @app.command()
@@ -118,8 +126,10 @@ def export(
         )
         if as_json:
             print_json({"task": version.task, "version": version.label, "path": str(path), "format": format})
-        else:
-            typer.echo(f"{version.task}@{version.label} is written to {path} as {format}")
+            return
+        typer.echo(f"{version.task}@{version.label} is written to {path} as {format}")
+        if format in ("peft", "cartridge"):
+            typer.echo(f"`PeftModel.from_pretrained(model, {str(path)!r})` loads it onto {base_path or base.name}")
 
 
 @app.command()
@@ -133,6 +143,7 @@ def push(
     """Write versions with all that belongs to them to a folder or a Hugging Face repository."""
     from prompt_store.interchange.sharing import parse_place, push
 
+    _draw_bars_on_terminals_alone(as_json)
     task, selector = _task_and_selector(name)
     with opened(store) as registry:
         pushed = push(registry, task, selector, parse_place(place), public=public)
@@ -167,6 +178,7 @@ def pull(
     """Publish what somebody pushed to a folder or a Hugging Face repository, checked against its digests."""
     from prompt_store.interchange.sharing import parse_place, pull
 
+    _draw_bars_on_terminals_alone(as_json)
     task, selector = _task_and_selector(name) if name is not None else (None, None)
     if alias is not None and selector is None:
         raise typer.BadParameter("--alias needs one version: name it as TASK@SELECTOR")
@@ -207,6 +219,20 @@ def pull(
             for entry in pulled
         ]
         print_table(("task", "version", "there", "kind", "", "alias"), rows)
+        if alias is None and any(entry.created for entry in pulled):
+            last = pulled[-1].version
+            typer.echo(
+                f"point an alias at one to use it: `softcue prompts alias {last.task} ALIAS {last.label}`; "
+                "`--alias` does it at once for a single version"
+            )
+
+
+def _draw_bars_on_terminals_alone(as_json: bool) -> None:
+    """huggingface_hub draws its progress on stderr, where nobody looks for it beside JSON or in a log."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if as_json or not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def _task_and_selector(name: str) -> tuple[str, str | None]:

@@ -22,8 +22,10 @@ MAX_RATIO = 100  # learned floats hardly shrink; configurations do, to about a t
 _END = b"PK\5\6"  # of the central directory; its comment has at most 65,535 bytes
 _END_64 = b"PK\6\7"
 _TAIL_BYTES = 22 + 0xFFFF
+_FIRST_ENTRY_BYTES = 30 + 2**8  # its header, and as much of its name as there mostly is
 _MAX_DIRECTORY_BYTES = MAX_ENTRIES * 2**10
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib")
+_PICKLED = b"/data.pkl"  # the first entry of what torch.save writes, whose end is an unusual one
 _REMEDY = "zip the adapter's folder anew, with nothing else in it"
 _DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError, EOFError, OverflowError, struct.error)
 
@@ -54,6 +56,8 @@ def _check_directory(data: bytes, source: str) -> None:
     """Bounds the list of entries before zipfile reads all of it."""
     tail = data[-_TAIL_BYTES:]
     if tail.count(_END) != 1 or _END_64 in tail or len(tail) < tail.index(_END) + 22:
+        if _PICKLED in data[:_FIRST_ENTRY_BYTES]:
+            raise InvalidArtifact(_pickle_message(source, "data.pkl"))
         raise InvalidArtifact(f"{source}: is a cut or unusual zip archive, or one within another; {_REMEDY}")
     entries, size = struct.unpack_from("<HI", tail, tail.index(_END) + 10)
     if entries > MAX_ENTRIES or size > _MAX_DIRECTORY_BYTES:
@@ -63,10 +67,7 @@ def _check_directory(data: bytes, source: str) -> None:
 def _check_entries(entries: list[zipfile.ZipInfo], source: str) -> None:
     names = [entry.filename for entry in entries]
     if pickles := [name for name in names if name.lower().endswith(_PICKLES)]:
-        raise InvalidArtifact(
-            f"{source}: holds a pickle, {pickles[0][:80]!r}, as torch.save writes (it could run code and is never "
-            "opened); save the prompt as safetensors, and zip an adapter's folder without what training left there"
-        )
+        raise InvalidArtifact(_pickle_message(source, pickles[0]))
     if any(name.endswith(".npy") for name in names):
         raise InvalidArtifact(f"{source}: is a numpy .npz of several arrays; save the prompt alone with numpy.save")
     if len(entries) > MAX_ENTRIES or len(set(names)) < len(names):
@@ -76,6 +77,13 @@ def _check_entries(entries: list[zipfile.ZipInfo], source: str) -> None:
     for entry in entries:
         if reason := _reason_against(entry):
             raise InvalidArtifact(f"{source}: entry {entry.orig_filename[:80]!r} {reason}; {_REMEDY}")
+
+
+def _pickle_message(source: str, name: str) -> str:
+    return (
+        f"{source}: holds a pickle, {name[:80]!r}, as torch.save writes (it could run code and is never opened); save "
+        "the prompt as safetensors, and zip an adapter's folder without what training left there"
+    )
 
 
 def _reason_against(entry: zipfile.ZipInfo) -> str | None:

@@ -170,7 +170,9 @@ def _fold(tensors: dict[str, Tensor], config: _Config, task_index: int | None) -
     _expect(_COLUMNS, columns, num_tasks=tasks, num_virtual_tokens=length, num_ranks=ranks)
     _expect(_ROWS, rows, num_tasks=tasks, num_ranks=ranks, token_dim=shared.shape[1])
     if task_index is None and tasks > 1:
-        raise InvalidArtifact(f"the adapter holds prompts of {tasks} tasks; say which by its index, 0 to {tasks - 1}")
+        raise InvalidArtifact(
+            f"the adapter holds prompts of {tasks} tasks; say which by --task-index, 0 to {tasks - 1}"
+        )
     index = task_index or 0
     if not 0 <= index < tasks:
         raise InvalidArtifact(f"the adapter holds prompts of {tasks} tasks, none of index {index}; 0 is the first")
@@ -195,6 +197,8 @@ def _expect(name: str, tensor: Tensor, **sizes: int | None) -> None:
 
 def _read_config(folder: Path) -> _Config:
     path = folder / CONFIG_FILE
+    if not os.path.lexists(path):
+        raise InvalidArtifact(f"{folder}: is no PEFT adapter, for it holds no {CONFIG_FILE}; give the adapter's folder")
     try:
         document = json.loads(_read_inside(folder, CONFIG_FILE, MAX_CONFIG_BYTES), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:

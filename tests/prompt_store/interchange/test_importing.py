@@ -216,9 +216,12 @@ def test_a_pickle_is_refused_under_every_name_and_never_run(name: str, tmp_path:
 
 
 def test_what_a_pickle_is_called_is_said(tmp_path: Path) -> None:
+    torch_saved = io.BytesIO()
+    torch.save({"prompt_embeddings": torch.ones(2, 2)}, torch_saved)
     for name, data, reason in (
         ("a.safetensors", pickle.dumps(1), "is a Python pickle"),
         ("a.pt", pickle.dumps(1, 0), "is a Python pickle by its name"),
+        ("b.pt", torch_saved.getvalue(), "holds a pickle, 'data.pkl', as torch.save writes"),
         ("a.tar.gz", gzip.compress(b"x"), "is a tar or gzip archive"),
         ("a.unknown", b"hello", "is of an unknown kind; give a .safetensors of Softcue"),
         ("empty", b"", "is of an unknown kind"),
@@ -240,7 +243,7 @@ def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArtifact, match="cannot be read"):
         read_import(tmp_path / "missing")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InvalidArtifact, match=f"folder/{CONFIG_FILE}: cannot be read"):
+    with pytest.raises(InvalidArtifact, match=f"folder: is no PEFT adapter, for it holds no {CONFIG_FILE}; give"):
         read_import(tmp_path / "folder")
     with pytest.raises(InvalidArtifact, match="is not a file"):
         read_import(Path("/dev/null"))
