@@ -188,20 +188,29 @@ def register_base(
     store: Annotated[
         str, Option("--store", envvar="SOFTCUE_STORE_URL", show_envvar=True, help="Path or URL of the prompt store.")
     ] = ".softcue/softcue.db",
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of a sentence.")] = False,
 ) -> None:
     """Make a base model known to a store, so that prompts for it can be published before it is served."""
+    from dataclasses import asdict
+
     from prompt_store.access import command_line_principal
-    from prompt_store.database import Database
-    from prompt_store.errors import StoreError
-    from prompt_store.prompts.registry import Registry
+    from prompt_store.commands.options import opened, refusals, refuse
     from service.engines.base_model import open_base_model
     from service.engines.errors import EngineError
 
-    try:
-        base = open_base_model(folder, name=name).describe()
-        with Database.open(store) as database:
-            Registry(database).register_base(base, command_line_principal())
-    except (StoreError, EngineError) as error:
-        typer.secho(str(error), fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from None
-    print(f"base '{base.name}' is known by its fingerprint {base.fingerprint[:12]}; `softcue prompts bases` shows it")
+    with refusals():
+        try:
+            base = open_base_model(folder, name=name).describe()
+        except EngineError as error:
+            refuse(str(error))
+    with opened(store, create=True) as registry:
+        registry.register_base(base, command_line_principal())
+        # The first name stays, whatever a later registration calls it.
+        known = registry.find_base(base.fingerprint)
+        if as_json:
+            print(json.dumps(asdict(known), indent=2, ensure_ascii=False))
+            return
+        print(f"the store knows base {known.name!r} by its fingerprint {known.fingerprint[:12]}")
+        if name not in (None, known.name):
+            print(f"it had that name before, which stays; ask for it as {known.name!r}")
+        print(f"`softcue prompts import TASK PATH --base {known.name}` takes a prompt for it")

@@ -15,7 +15,6 @@ from prompt_store.prompts.unreadable import UnreadableVersion
 
 if TYPE_CHECKING:
     from prompt_store.prompts.registry import ListedVersion, Registry
-    from prompt_store.prompts.unreadable import UnreadableVersion
 
 app = typer.Typer()
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -34,7 +34,7 @@ TagsOption = Annotated[list[str] | None, typer.Option("--tag", metavar="TAG", he
 
 @contextmanager
 def opened(store: str, *, create: bool = False) -> Iterator[Registry]:
-    """A registry; whatever the store refuses becomes one red line and exit code 1."""
+    """A registry, within `refusals`."""
     from prompt_store.database import Database
     from prompt_store.prompts.registry import Registry
 
@@ -46,9 +46,19 @@ def opened(store: str, *, create: bool = False) -> Iterator[Registry]:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Whatever the store refuses becomes one red line and exit code 1."""
+    """Whatever the store or the operating system refuses becomes one red line and exit code 1."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # the reader of the output left, which is typer's to end quietly
+    except OSError as error:
+        where = f"{error.filename} cannot be used" if error.filename is not None else "the system refuses this"
+        refuse(f"{where} ({error.strerror or error}); check the path, its permissions and free disk space")
     except StoreError as error:
-        typer.secho(" ".join(str(error).split()), fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from None
+        refuse(str(error))
+
+
+def refuse(message: str) -> NoReturn:
+    """One red line, and exit code 1."""
+    typer.secho(" ".join(message.split()), fg=typer.colors.RED, err=True)
+    raise typer.Exit(1) from None

@@ -65,7 +65,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def version_document(version: PromptVersion | UnreadableVersion, aliases: Sequence[str]) -> dict[str, Any]:
-    """A version as JSON values, with its label and the aliases that point at it; `unreadable` says why where it cannot be read."""
+    """A version as JSON values, with its label and aliases; `unreadable` says why where it cannot be read."""
     if isinstance(version, UnreadableVersion):
         known = {**asdict(version), "created_at": version.created_at.isoformat()}
         known["unreadable"] = known.pop("reason")
