@@ -202,6 +202,9 @@ def load(
         if as_json:
             print_json([asdict(entry) for entry in loaded])
             return
+        if not loaded:
+            typer.echo(f"{folder} holds no task; its subfolders should hold task.toml")
+            return
         rows = [
             (
                 entry.task,

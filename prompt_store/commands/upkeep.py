@@ -18,7 +18,7 @@ from prompt_store.commands.options import (
     opened,
     refusals,
 )
-from prompt_store.commands.printing import print_json, print_table, size
+from prompt_store.commands.printing import counted, print_json, print_table, size
 
 if TYPE_CHECKING:
     from prompt_store.upkeep.collecting import Collection
@@ -50,7 +50,7 @@ def verify(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> N
             document = {"whole": not problems, "checked": asdict(checked)}
             print_json({**document, "problems": [asdict(problem) for problem in problems]})
         else:
-            typer.echo(f"{_in_words(checked)}: {f'{len(problems)} problems' if problems else 'whole'}")
+            typer.echo(f"{_in_words(checked)}: {counted(len(problems), 'problem') if problems else 'whole'}")
     if problems:
         raise typer.Exit(1)
 
@@ -128,18 +128,23 @@ def gc(
         ]
         if rows:
             print_table(("version", "digest", "kind", "size", "unnamed since"), rows)
-        what = f"{len(found.versions)} versions and {len(found.tensors)} stray tensors, {size(found.size_bytes)} in all"
-        typer.echo(
-            f"{'deleted' if delete else 'would delete'} {what}; {len(found.waiting)} more wait for {grace} to pass"
-        )
-        if not delete and (found.versions or found.tensors):
+        waiting = f"{counted(len(found.waiting), 'version')} that nothing names wait for {grace} to pass"
+        if not found.versions and not found.tensors:
+            typer.echo(f"nothing to delete; {waiting}" if found.waiting else "nothing to delete: everything is named")
+            return
+        what = f"{counted(len(found.versions), 'version')} and {counted(len(found.tensors), 'stray tensor')}"
+        typer.echo(f"{'deleted' if delete else 'would delete'} {what}, {size(found.size_bytes)} in all")
+        if found.waiting:
+            typer.echo(waiting)
+        if not delete:
             typer.echo("add --delete to do it; `softcue prompts backup FILE` keeps a copy")
 
 
 def _in_words(checked: Checked) -> str:
     return (
-        f"{checked.tasks} tasks, {checked.versions} versions, {checked.tensors} tensors ({size(checked.size_bytes)}), "
-        f"{checked.aliases} aliases and {checked.changes} changes"
+        f"{counted(checked.tasks, 'task')}, {counted(checked.versions, 'version')}, "
+        f"{counted(checked.tensors, 'tensor')} ({size(checked.size_bytes)}), {counted(checked.aliases, 'alias')} and "
+        f"{counted(checked.changes, 'change')}"
     )
 
 

@@ -1,62 +1,16 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import pytest
-from sqlalchemy import update
 from typer.testing import CliRunner
 
 from prompt_store.commands import app
-from prompt_store.database import Database
 from prompt_store.prompts.artifact import Artifact, write_artifact
-from prompt_store.prompts.registry import Registry
 from prompt_store.prompts.soft_prompt import encode
-from prompt_store.tables import versions
-from tests.prompt_store.building import ANNA, BASE, OTHER_BASE, TASK_TOML, bundle, prompt
-
-
-class Shell:
-    """`softcue prompts` on one store."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.store = folder / "softcue.db"
-
-    def run(self, *arguments: str) -> str:
-        result = CliRunner().invoke(app, [*arguments, "--store", str(self.store)])
-        assert result.exit_code == 0, result.stderr
-        assert result.stderr == ""
-        return result.stdout
-
-    def json(self, *arguments: str) -> Any:
-        return json.loads(self.run(*arguments, "--json"))
-
-    def fail(self, *arguments: str) -> str:
-        """The one line on stderr of a command that is refused."""
-        result = CliRunner().invoke(app, [*arguments, "--store", str(self.store)])
-        assert result.exit_code == 1
-        assert result.stdout == ""
-        (line,) = result.stderr.splitlines()
-        return line
-
-    def artifact(self, seed: int, **fields: Any) -> str:
-        path = self.folder / f"{seed}.safetensors"
-        write_artifact(path, Artifact(prompt(seed), **fields))
-        return str(path)
-
-
-@pytest.fixture
-def shell(tmp_path: Path) -> Shell:
-    """A store that knows two bases and one task."""
-    shell = Shell(tmp_path)
-    with Database.open(shell.store) as database:
-        for base in (BASE, OTHER_BASE):
-            Registry(database).register_base(base, ANNA)
-    (tmp_path / "task.toml").write_text(TASK_TOML)
-    shell.run("apply-task", str(tmp_path / "task.toml"))
-    return shell
+from tests.prompt_store.building import BASE, OTHER_BASE, bundle, prompt
+from tests.prompt_store.commands.shell import Shell
 
 
 def test_a_prompt_goes_from_file_to_production(shell: Shell) -> None:
@@ -66,7 +20,7 @@ def test_a_prompt_goes_from_file_to_production(shell: Shell) -> None:
     assert "production is v1" in shell.run("alias", "support_intents", "production", "candidate", "--reason", "better")
     assert "better" in shell.run("history", "support_intents", "production")
     listed = shell.run("list")
-    assert "candidate, production" in listed
+    assert "@candidate @production" in listed
     assert "demo-base" in listed
     assert "candidate=v1, production=v1" in shell.run("tasks")
 
@@ -152,7 +106,7 @@ def test_refusals_are_one_line_with_fact_and_remedy(shell: Shell) -> None:
 
 
 def test_reading_commands_do_not_create_a_store(tmp_path: Path) -> None:
-    shell = Shell(tmp_path)
+    shell = Shell(tmp_path, str(tmp_path / "softcue.db"))
     for arguments in (("list",), ("tasks",), ("show", "x"), ("history", "x", "y")):
         assert "there is no store at" in shell.fail(*arguments)
     assert list(tmp_path.iterdir()) == []
@@ -181,14 +135,50 @@ def test_the_help_text_waits_for_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_lists_show_what_cannot_be_read_and_the_rest(shell: Shell) -> None:
-    for seed in (1, 2):
-        shell.run("publish", "support_intents", shell.artifact(seed, base_fingerprint=BASE.fingerprint))
-    with Database.open(shell.store) as database, database.write() as connection:
-        connection.execute(update(versions).where(versions.c.number == 2).values(payload="{}"))
-    unreadable, whole = shell.json("list")
-    assert (unreadable["version"], whole["version"]) == ("v2", "v1")
-    assert "upgrade Softcue or restore a backup" in unreadable["reason"]
-    assert "unreadable: another release wrote it" in shell.run("list")
-    assert shell.json("tasks")[0]["versions"] == 2
-    assert "version v2 of task" in shell.fail("show", "support_intents@v2")
+def test_an_alias_moves_only_from_where_it_is_expected_and_back_again(shell_on_either: Shell) -> None:
+    shell = shell_on_either
+    shell.publish(1, 2, 3)
+    shell.run("alias", "support_intents", "production", "v1", "--reason", "start")
+    moved = shell.json("alias", "support_intents", "production", "v2", "--expect", "v1")
+    assert moved["version"] == "v2"
+    refusal = shell.fail("alias", "support_intents", "production", "v3", "--expect", "v1")
+    assert "points at v2" in refusal
+    assert "not at v1" in refusal
+    shell.run("alias", "support_intents", "production", "v3")
+    back = shell.json("rollback", "support_intents", "production", "--reason", "worse")
+    assert (back["version"], back["previous_version"]) == ("v2", "v3")
+    told = shell.run("rollback", "support_intents", "production")
+    assert "is v1" in told
+    assert "`softcue prompts alias support_intents production v2` moves it forward again" in told
+    assert "has no earlier target" in shell.fail("rollback", "support_intents", "production")
+    moves = shell.json("history", "support_intents", "production")
+    assert [move["target_version"] for move in moves] == ["v1", "v2", "v3", "v2", "v1"]
+    assert (moves[3]["reason"], moves[3]["undoes"]) == ("worse", moves[2]["sequence"])
+    assert re.search(r"v3 +v2 +\(rollback\) worse", shell.run("history", "support_intents", "production"))
+
+
+def test_an_alias_is_removed_and_its_history_stays(shell: Shell) -> None:
+    shell.publish(1)
+    shell.run("alias", "support_intents", "candidate", "v1")
+    shell.publish(2)
+    assert "points at v1" in shell.fail("alias", "support_intents", "candidate", "--remove", "--expect", "v2")
+    gone = shell.json("alias", "support_intents", "candidate", "--remove")
+    assert gone == {"task": "support_intents", "alias": "candidate", "version": None, "digest": None}
+    assert "(removed)" in shell.run("history", "support_intents", "candidate")
+    assert "no alias 'candidate'" in shell.fail("rollback", "support_intents", "candidate")
+    assert "give either a SELECTOR" in shell.misuse("alias", "support_intents", "candidate")
+    assert "give either a SELECTOR" in shell.misuse("alias", "support_intents", "candidate", "v1", "--remove")
+
+
+def test_a_version_is_deleted_only_when_nothing_needs_it(shell_on_either: Shell) -> None:
+    shell = shell_on_either
+    shell.publish(1, 2, 3)
+    shell.run("alias", "support_intents", "production", "v1")
+    shell.run("ensemble", "support_intents", "v2", "v3")
+    assert "is needed by alias 'production'" in shell.fail("delete", "support_intents", "v1")
+    assert "is needed by ensemble v4" in shell.fail("delete", "support_intents", "v2")
+    deleted = shell.json("delete", "support_intents", "v4")
+    assert (deleted["version"], deleted["deleted"]) == ("v4", True)
+    assert "support_intents@v2" in shell.run("delete", "support_intents", "v2")
+    assert "no version 'v2'" in shell.fail("delete", "support_intents", "v2")
+    assert [entry["version"] for entry in shell.json("list")] == ["v3", "v1"]
