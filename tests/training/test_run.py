@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from prompt_store.access import ANONYMOUS
@@ -64,8 +66,6 @@ def test_a_run_trains_evaluates_and_publishes_a_candidate(
     version = registry.version("colours", "candidate")
     assert end.published is not None
     assert end.published.version == version
-    assert version.provenance.recipe_hash == load_recipe(tmp_path / "r" / "recipe.toml").hash
-    assert [(use.name, use.rows) for use in version.provenance.datasets] == [("train.jsonl", 22), ("test.jsonl", 6)]
     report = registry.evidence(version.digest).report
     assert report is not None
     assert report["test_metrics"]["soft prompt"] == end.evaluations["soft prompt"].metrics
@@ -74,6 +74,38 @@ def test_a_run_trains_evaluates_and_publishes_a_candidate(
     assert artifact.base_fingerprint == started.base.fingerprint
     assert json.loads(end.report_file.read_text()) == report
     assert "| soft prompt |" in end.report_file.with_suffix(".md").read_text()
+
+
+def test_a_version_says_what_it_was_made_of(
+    tmp_path: Path, registry: Registry, tune: Callable[..., list[Event]]
+) -> None:
+    started = tune(write_recipe(tmp_path / "r"))[0]
+    assert isinstance(started, Started)
+    recipe = load_recipe(tmp_path / "r" / "recipe.toml")
+    version = registry.version("colours", "candidate")
+    provenance = version.provenance
+    assert (provenance.recipe_hash, provenance.seed) == (recipe.hash, recipe.optimise.seed)
+    assert registry.evidence(version.digest).recipe == recipe.model_dump(mode="json")
+    assert [(use.name, use.rows) for use in provenance.datasets] == [("train.jsonl", 22), ("test.jsonl", 6)]
+    assert len({use.digest for use in provenance.datasets}) == 2
+    assert provenance.base_fingerprint == version.base_fingerprint == started.base.fingerprint
+    assert provenance.code_version == importlib.metadata.version("softcue")
+    assert provenance.parent is None  # it started from scratch
+    assert (version.principal, version.payload.kind) == (ANONYMOUS.name, "soft_prompt")
+
+
+def test_a_recipe_in_bfloat16_is_evaluated_and_stored_so(
+    tmp_path: Path, registry: Registry, tune: Callable[..., list[Event]]
+) -> None:
+    end = finished(tune(write_recipe(tmp_path / "r", **{"length = 4": 'length = 4\ndtype = "BF16"'})))
+    version = registry.version("colours", "candidate")
+    prompt = registry.soft_prompt(version.digest)
+    assert (prompt.dtype, prompt.shape, len(prompt.data)) == ("BF16", (4, 192), 2 * 4 * 192)
+    assert read_artifact(end.prompt_file).prompt == prompt
+    single = finished(tune(write_recipe(tmp_path / "single"), runs="single")).prompt_file
+    full = read_artifact(single).prompt.to_float32()
+    # Rounded once from the same training: 8 bits of significand.
+    assert 0 < np.abs(prompt.to_float32() - full).max() <= np.abs(full).max() * 2**-8
 
 
 def test_the_same_recipe_gives_the_same_content_and_one_version(

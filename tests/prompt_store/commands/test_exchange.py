@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import peft
 import pytest
-from tests.prompt_store.commands.shell import Shell
 
 from prompt_store.database import Database
 from prompt_store.interchange.peft import read_peft
 from prompt_store.prompts.registry import BaseDescription, Registry
 from tests.prompt_store.building import ANNA, prefix, publish
+from tests.prompt_store.commands.shell import Shell
 from tests.prompt_store.interchange.adapters import BASE_NAME, LENGTH, PREFIXES, SOFT, base_model, load, save, saved
 from tests.prompt_store.interchange.standin_hub import TOKEN, running_hub
 from tests.service.engines.local.tiny_models import HIDDEN
