@@ -229,7 +229,7 @@ def pull(
 
 def _draw_bars_on_terminals_alone(as_json: bool) -> None:
     """huggingface_hub draws its progress on stderr, where nobody looks for it beside JSON or in a log."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if as_json or not sys.stderr.isatty():
         disable_progress_bars()
