@@ -20,6 +20,7 @@ from prompt_store.commands.options import (
     TagsOption,
     TaskArgument,
     opened,
+    refusals,
 )
 from prompt_store.commands.printing import print_json, print_table, version_document
 from prompt_store.errors import BaseMismatch, InvalidArtifact
@@ -39,8 +40,10 @@ def apply_task(
     """Add a task, or a new revision of it."""
     from prompt_store.prompts.task import load_task
 
+    with refusals():
+        task = load_task(file)  # before the store, which is made only for a task that can be read
     with opened(store, create=True) as registry:
-        revision = registry.apply_task(load_task(file), command_line_principal())
+        revision = registry.apply_task(task, command_line_principal())
         if as_json:
             print_json({"task": revision.task.name, "revision": revision.number, "digest": revision.digest})
         else:

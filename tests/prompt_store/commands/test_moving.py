@@ -112,6 +112,12 @@ def test_reading_commands_do_not_create_a_store(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_task_that_cannot_be_read_makes_no_store(tmp_path: Path) -> None:
+    shell = Shell(tmp_path, str(tmp_path / "store" / "softcue.db"))
+    assert "cannot be read" in shell.fail("apply-task", str(tmp_path / "absent.toml"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_is_loaded_once(shell: Shell) -> None:
     inner = bundle(shell.folder / "examples")
     write_artifact(inner / "prompt.safetensors", Artifact(prompt(), base_fingerprint=BASE.fingerprint))
