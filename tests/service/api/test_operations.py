@@ -176,3 +176,13 @@ async def _set_later(event: threading.Event) -> None:
     """When the stop has begun, or before: only an event loop that is held up comes to it too late."""
     await asyncio.sleep(0.05)
     event.set()
+
+
+async def test_the_description_says_what_each_operation_does_and_answers(client: AsyncTestClient[Any]) -> None:
+    paths = (await client.get("/schema/openapi.json")).json()["paths"]
+    operations = {(method, path): operation for path, known in paths.items() for method, operation in known.items()}
+    assert [place for place, operation in operations.items() if not operation.get("description")] == []
+    alias = "/v1/prompts/{task}/aliases/{alias}"
+    assert "etag" in operations["get", alias]["responses"]["200"]["headers"]
+    assert {"200", "201", "409", "412", "428", "503"} <= operations["put", alias]["responses"].keys()
+    assert "503" in operations["get", "/health/ready/writes"]["responses"]
