@@ -3,17 +3,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import delete, select, update
+from sqlalchemy import update
 
 from prompt_store.access import ANONYMOUS
 from prompt_store.database import Database
 from prompt_store.errors import (
-    DamagedArtifact,
     NotYetSupported,
     SchemaMismatch,
     StoreError,
@@ -21,11 +18,10 @@ from prompt_store.errors import (
     UnknownAlias,
     UnknownVersion,
 )
-from prompt_store.prompts.registry import NewVersion, Registry, StoreSnapshot
+from prompt_store.prompts.registry import Registry, StoreSnapshot
 from prompt_store.prompts.soft_prompt import SoftPrompt
-from prompt_store.prompts.version import EnsemblePayload, PromptVersion, payload_tensors
 from prompt_store.routes import DirectRoute
-from prompt_store.tables import route_revisions, tensors, version_tensors, versions
+from prompt_store.tables import route_revisions, versions
 from service.catalog import Catalog
 from service.engines.base import EngineStats, SoftPromptReference
 from service.engines.base_model import BaseModel
@@ -33,81 +29,8 @@ from service.engines.errors import EngineUnavailable, GenerationFailed
 from service.engines.scripted import ScriptedEngine
 from tests.conftest import random_prompt
 from tests.postgresql import running_server
+from tests.service.following import following
 from tests.service.serving import COPY, INTENTS, Store, open_store, random_prefix
-
-
-@pytest.fixture
-def store(location: str, base: BaseModel) -> Iterator[Store]:
-    """On SQLite and on PostgreSQL."""
-    store = open_store(location, base)
-    store.task(INTENTS)
-    store.publish("intents", random_prompt(1, 4))
-    yield store
-    store.registry.database.close()
-
-
-@pytest.fixture
-def empty_store(location: str, base: BaseModel) -> Iterator[Store]:
-    store = open_store(location, base)
-    yield store
-    store.registry.database.close()
-
-
-class Refreshes:
-    """Waits for the catalog to have served a change."""
-
-    def __init__(self) -> None:
-        self.sequence = 0
-        self.failures = 0
-
-    def refreshed(self, sequence: int) -> None:
-        self.sequence = sequence
-
-    def failed(self) -> None:
-        self.failures += 1
-
-    async def until(self, condition: Callable[[], bool], within_s: float = 10.0) -> None:
-        async with asyncio.timeout(within_s):
-            while not condition():  # noqa: ASYNC110 (warming goes on after the news)
-                await asyncio.sleep(0)
-
-
-@asynccontextmanager
-async def following(
-    store: Store,
-    engine: ScriptedEngine,
-    registry: Registry | None = None,
-    *,
-    poll_s: float = 0.01,
-    fall_back: bool = False,
-    settled: bool = True,
-) -> AsyncIterator[tuple[Catalog, Refreshes]]:
-    registry = registry or Registry(Database.open(store.location))
-    refreshes = Refreshes()
-    catalog = Catalog(
-        registry.database,
-        registry,
-        engine,
-        base_name="demo-base",
-        base_fingerprint=store.base.fingerprint,
-        poll_s=poll_s,
-        fall_back_when_damaged=fall_back,
-        on_refresh=refreshes.refreshed,
-        on_failure=refreshes.failed,
-    )
-    await engine.start()
-    await catalog.load()
-    task = asyncio.create_task(catalog.follow())
-    try:
-        async with asyncio.timeout(10):
-            while catalog.settled is not settled:  # noqa: ASYNC110 (it is asked for)
-                await asyncio.sleep(0)
-        yield catalog, refreshes
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        catalog.close()
-        registry.database.close()
 
 
 async def test_a_publish_elsewhere_is_warmed_and_then_served(store: Store) -> None:
@@ -348,114 +271,6 @@ async def test_a_database_that_restarts_is_caught_up_with_and_serves_meanwhile(
         store.registry.database.close()
     assert caplog.text.count("serving what is known") == 1
     assert caplog.text.count("the store can be read again") == 1
-
-
-def flip(store: Store, version: PromptVersion) -> None:
-    """Flips a bit of a version's tensor, behind the store's back; the second time, back again."""
-    (digest,) = payload_tensors(version.payload).values()
-    here = tensors.c.digest == digest
-    with store.registry.database.write() as connection:
-        data = bytearray(connection.execute(select(tensors.c.data).where(here)).scalar_one())
-        data[5] ^= 1
-        connection.execute(update(tensors).where(here).values(data=bytes(data)))
-
-
-async def test_a_damaged_version_is_refused_alone_and_tried_again(
-    store: Store, caplog: pytest.LogCaptureFixture
-) -> None:
-    store.task(COPY)
-    store.publish("copy", random_prompt(5, 4))
-    damaged = store.publish("intents", random_prompt(2, 4))
-    flip(store, damaged)
-    async with following(store, ScriptedEngine()) as (catalog, refreshes):
-        for name in ("intents", "intents@production", "intents@v2", f"intents@{damaged.digest}"):
-            with pytest.raises(DamagedArtifact, match="is damaged on disk"):
-                catalog.resolve(name)
-        assert catalog.resolve("intents@v1").label == "intents@v1"
-        assert catalog.resolve("copy").label == "copy@v1"
-        assert (refreshes.failures, catalog.damage.versions, catalog.damage.fallen_back) == (1, 1, 0)
-        store.publish("copy", random_prompt(6, 4))
-        await refreshes.until(lambda: catalog.resolve("copy").label == "copy@v2")
-        with pytest.raises(DamagedArtifact):
-            catalog.resolve("intents")
-        flip(store, damaged)
-        store.publish("copy", random_prompt(7, 4))
-        await refreshes.until(lambda: catalog.resolve("copy").label == "copy@v3")
-        assert catalog.resolve("intents").label == "intents@v2"
-        assert catalog.damage.versions == 0
-    assert caplog.text.count("intents@v2 is refused") == 1
-    assert caplog.text.count("intents@v2 can be read again") == 1
-
-
-async def test_a_damaged_version_that_nobody_warmed_is_noticed_when_it_is_first_read(store: Store) -> None:
-    damaged = store.publish("intents", random_prompt(2, 4), alias=None)
-    flip(store, damaged)
-    async with following(store, ScriptedEngine()) as (catalog, _):
-        target = catalog.resolve("intents@v2")
-        assert target.version is not None
-        (reference,) = catalog.references(target.version)
-        with pytest.raises(DamagedArtifact, match="is damaged on disk"):
-            await asyncio.to_thread(reference.load)
-        with pytest.raises(DamagedArtifact, match="is damaged on disk"):
-            catalog.resolve("intents@v2")
-
-
-async def test_a_lost_tensor_is_damage_too(store: Store) -> None:
-    with store.registry.database.write() as connection:
-        connection.execute(delete(version_tensors))
-    async with following(store, ScriptedEngine()) as (catalog, _):
-        with pytest.raises(DamagedArtifact, match="is missing; restore the store from a backup"):
-            catalog.resolve("intents")
-
-
-async def test_an_alias_falls_back_to_its_newest_whole_target_where_that_is_wanted(
-    store: Store, caplog: pytest.LogCaptureFixture
-) -> None:
-    second, third = (store.publish("intents", random_prompt(seed, 4)) for seed in (2, 3))
-    for version in (second, third):
-        flip(store, version)
-    engine = ScriptedEngine()
-    async with following(store, engine, fall_back=True) as (catalog, refreshes):
-        for name in ("intents", "intents@production"):
-            assert catalog.resolve(name).label == "intents@v1"
-        assert engine.warmed == {random_prompt(1, 4).digest}
-        assert (catalog.damage.versions, catalog.damage.fallen_back) == (2, 1)
-        for name in ("intents@v3", f"intents@{third.digest[:12]}"):
-            with pytest.raises(DamagedArtifact):
-                catalog.resolve(name)
-        flip(store, second)
-        store.registry.apply_route("intents", DirectRoute(version="production"), ANONYMOUS)
-        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v2")
-        flip(store, third)
-        store.task(COPY)
-        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v3")
-        await refreshes.until(lambda: catalog.damage.fallen_back == 0)
-        await refreshes.until(lambda: engine.warmed == {random_prompt(3, 4).digest})
-    for number in (1, 2):
-        said = f"intents@production is answered by v{number} because v3 is damaged"
-        assert caplog.text.count(said) == 1
-
-
-async def test_damage_that_is_noticed_between_refreshes_makes_an_alias_fall_back(store: Store) -> None:
-    damaged = store.publish("intents", random_prompt(2, 4))
-    async with following(store, ScriptedEngine(), fall_back=True) as (catalog, refreshes):
-        assert catalog.resolve("intents").label == "intents@v2"
-        flip(store, damaged)
-        with pytest.raises(DamagedArtifact):
-            await asyncio.to_thread(catalog.reference(damaged).load)
-        await refreshes.until(lambda: catalog.damage.fallen_back == 1)
-        assert catalog.resolve("intents").label == "intents@v1"
-
-
-async def test_an_ensemble_with_a_damaged_member_is_refused(store: Store) -> None:
-    members = [store.publish("intents", random_prompt(seed, 4), alias=None) for seed in (2, 3)]
-    payload = EnsemblePayload(members=[m.digest for m in members], base_fingerprint=store.base.fingerprint)
-    store.registry.publish(NewVersion("intents", payload), "production", "", ANONYMOUS)
-    flip(store, members[1])
-    async with following(store, ScriptedEngine()) as (catalog, _):
-        with pytest.raises(DamagedArtifact):
-            catalog.resolve("intents")
-        assert catalog.resolve("intents@v2").label == "intents@v2"
 
 
 async def test_what_another_release_wrote_refuses_itself_alone(store: Store) -> None:
