@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prompt_store.commands.options import DEFAULT_STORE, JsonOption, StoreOption, opened, refusals, refuse
+from prompt_store.commands.printing import print_json
+
 if TYPE_CHECKING:
     from prompt_store.prompts.task import Task
     from service.catalog import Catalog
@@ -32,7 +35,7 @@ def serve(
     config: Annotated[Path | None, Option(help="TOML file with settings.", show_default=False)] = None,
     host: Annotated[str | None, Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, Option(help="Port to listen on; 0 takes a free one.", show_default="8000")] = None,
-    store: Annotated[str | None, Option(help="The prompt store.", show_default=".softcue/softcue.db")] = None,
+    store: Annotated[str | None, Option(help="The prompt store.", show_default=DEFAULT_STORE)] = None,
     base: Annotated[Path | None, Option(help="Folder of the base model.", show_default="examples/base")] = None,
     seed: Annotated[
         Path | None, Option(help="Folder of tasks to put into the store where they are missing.", show_default=False)
@@ -185,16 +188,13 @@ def _sample_inputs(catalog: Catalog, task: Task, digest: str) -> dict[str, str]:
 def register_base(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the base model.")],
     name: Annotated[str | None, Option(help="Name to know it by.", show_default="the folder's")] = None,
-    store: Annotated[
-        str, Option("--store", envvar="SOFTCUE_STORE_URL", show_envvar=True, help="Path or URL of the prompt store.")
-    ] = ".softcue/softcue.db",
-    as_json: Annotated[bool, Option("--json", help="Print JSON instead of a sentence.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
 ) -> None:
     """Make a base model known to a store, so that prompts for it can be published before it is served."""
     from dataclasses import asdict
 
     from prompt_store.access import command_line_principal
-    from prompt_store.commands.options import opened, refusals, refuse
     from service.engines.base_model import open_base_model
     from service.engines.errors import EngineError
 
@@ -208,7 +208,7 @@ def register_base(
         # The first name stays, whatever a later registration calls it.
         known = registry.find_base(base.fingerprint)
         if as_json:
-            print(json.dumps(asdict(known), indent=2, ensure_ascii=False))
+            print_json(asdict(known))
             return
         print(f"the store knows base {known.name!r} by its fingerprint {known.fingerprint[:12]}")
         if name not in (None, known.name):

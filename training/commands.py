@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prompt_store.commands.options import DEFAULT_STORE, StoreOption, opened, refuse
+
 if TYPE_CHECKING:
     from training.run import Event, Finished, Started
 
@@ -28,7 +30,7 @@ def tune() -> None:
 @app.command("soft-prompt")
 def soft_prompt(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file.")],
-    store: Annotated[str, typer.Option(help="The prompt store.", envvar="SOFTCUE_STORE_URL")] = ".softcue/softcue.db",
+    store: StoreOption = DEFAULT_STORE,
     runs: Annotated[Path, typer.Option(help="Where checkpoints and reports go.", envvar="SOFTCUE_RUNS")] = Path("runs"),
     save_to: Annotated[
         Path | None, typer.Option(help="Also copy prompt.safetensors and report.json here.", show_default=False)
@@ -39,28 +41,21 @@ def soft_prompt(
     Ctrl-C leaves a checkpoint; the same command resumes from it.
     """
     from prompt_store.access import command_line_principal
-    from prompt_store.database import Database
-    from prompt_store.errors import StoreError
-    from prompt_store.prompts.registry import Registry
     from service.engines.errors import EngineError
     from training.errors import TrainingError
     from training.recipe import load_recipe
     from training.run import tune_soft_prompt
 
     stopping = _StopOnInterrupt()
-    try:
-        database = Database.open(store)
+    with opened(store, create=True) as registry:
         try:
             events = tune_soft_prompt(
-                load_recipe(recipe), Registry(database), runs, command_line_principal(), should_stop=stopping
+                load_recipe(recipe), registry, runs, command_line_principal(), should_stop=stopping
             )
             with stopping:
                 finished = _Display(stopping).follow(events)
-        finally:
-            database.close()
-    except (TrainingError, EngineError, StoreError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(1) from error
+        except (TrainingError, EngineError) as error:
+            refuse(str(error))
     if finished is None:
         raise typer.Exit(130)
     if save_to is not None:

@@ -12,12 +12,15 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Inspector, create_engine, delete, insert, inspect, select, text
+from typer.testing import CliRunner
 
 from prompt_store.database import Database
 from prompt_store.errors import SchemaMismatch, StoreUnavailable
 from prompt_store.migrating import MIGRATIONS, OLDEST_READER_KEY, copy_rows, newest_revision, schema_revision
 from prompt_store.prompts.registry import Registry
 from prompt_store.tables import meta, metadata
+from softcue import app
+from tests.conftest import BASE_FOLDER
 from tests.prompt_store import processes
 from tests.prompt_store.building import ANNA, BASE, publish, task
 from tests.prompt_store.consistency import assert_consistent
@@ -290,3 +293,27 @@ def test_a_newer_file_is_not_written_when_refused(tmp_path: Path, with_step: Cal
     with pytest.raises(SchemaMismatch):
         Database.open(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("command", "exit_code"),
+    [
+        (["prompts", "verify"], 0),
+        (["register-base", str(BASE_FOLDER)], 0),
+        (["tune", "soft-prompt", "absent.toml"], 1),
+    ],
+)
+def test_every_command_copies_an_older_store_to_where_the_environment_says(
+    command: list[str],
+    exit_code: int,
+    empty_location: str,
+    first_migrations: Path,
+    backups: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Database.open(empty_location, migrations=first_migrations).close()
+    monkeypatch.setenv("SOFTCUE_STORE_BACKUPS", str(backups))
+    result = CliRunner().invoke(app, [*command, "--store", empty_location])
+    assert result.exit_code == exit_code, result.output
+    assert revision_of(empty_location) == NEWEST
+    assert len(list(backups.glob("*.schema-0001-*.backup"))) == 1
