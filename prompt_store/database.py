@@ -17,7 +17,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from prompt_store.errors import NotYetSupported, StoreError, StoreUnavailable
-from prompt_store.migrating import MIGRATIONS, bring_up_to_date
+from prompt_store.migrating import MIGRATIONS, Storage, bring_up_to_date
 from prompt_store.postgresql import PostgresqlStorage
 from prompt_store.sqlite import SqliteStorage
 from prompt_store.tables import meta
@@ -25,8 +25,6 @@ from prompt_store.tables import meta
 SIGNING_KEY_BYTES = 32
 
 _SIGNING_KEY = "signing_key"
-
-Storage = SqliteStorage | PostgresqlStorage
 
 
 class Watch(Protocol):

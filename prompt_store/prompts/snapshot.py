@@ -66,10 +66,6 @@ class TaskSnapshot:
             return tuple(readable(self.versions[digest]) for digest in version.payload.members)
         return (version,)
 
-    def aliases_of(self, digest: str) -> list[str]:
-        """The aliases that point at a version, by name."""
-        return sorted(name for name, target in self.aliases.items() if target == digest)
-
     def _by_prefix(self, prefix: str) -> str | None:
         place = bisect_left(self._digests, prefix)
         found = [digest for digest in self._digests[place : place + 2] if digest.startswith(prefix)]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sqlalchemy import ColumnElement, Connection, Row, Select, select
 from sqlalchemy.exc import DBAPIError
 
-from prompt_store.database import Storage
+from prompt_store.migrating import Storage
 from prompt_store.tables import task_revisions, version_tensors, versions
 
 T = TypeVar("T")

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 from sqlalchemy import Connection
 
-from prompt_store.database import Database, Storage
+from prompt_store.database import Database
+from prompt_store.migrating import Storage
 from prompt_store.upkeep.contents import check_tasks, check_tensors, check_versions
 from prompt_store.upkeep.histories import check_aliases, check_log, check_routes
 from prompt_store.upkeep.problems import RESTORE, Checked, Damage, Problem, Reader
