@@ -1,20 +1,18 @@
 """Versions that go by way of a model repository; the hub is a stand-in, as no test may reach the real one."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 
-from prompt_store.database import Database
 from prompt_store.errors import Conflict, InvalidArtifact, StoreError, StoreUnavailable
 from prompt_store.interchange import hub as hub_module
 from prompt_store.interchange.hub import HubRepository
 from prompt_store.interchange.sharing import Place, parse_place, pull, push
 from prompt_store.prompts.registry import Registry
 from tests.prompt_store.building import ANNA, BASE, BORIS, prefix, prompt, publish, task
+from tests.prompt_store.interchange.shared import EVIDENCE, NAME, ensemble, same
 from tests.prompt_store.interchange.standin_hub import TOKEN, Hub, running_hub
-from tests.prompt_store.interchange.test_sharing import EVIDENCE, NAME, ensemble, same
 
 # huggingface_hub's own call of its HTTP client, for LFS uploads.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -40,12 +38,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         point_at(monkeypatch, running)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield running
-
-
-@pytest.fixture
-def other(tmp_path: Path) -> Iterator[Registry]:
-    with Database.open(tmp_path / "other" / "softcue.db", create=True) as database:
-        yield Registry(database)
 
 
 def test_versions_go_to_a_repository_and_come_back_the_same(registry: Registry, other: Registry, hub: Hub) -> None:
