@@ -12,7 +12,7 @@ StoreError                  every message gives the fact and the remedy
 ├── InvalidArtifact         unacceptable content: bytes, shape, dtype, NaN, report
 │   └── DamagedArtifact     stored bytes that are missing, or no longer what was published
 ├── BaseMismatch            a soft prompt that does not fit the base it names
-├── InvalidRoute            a route document that contradicts itself
+├── InvalidRoute            a route that contradicts itself or what the store holds; .problems, each with its place
 ├── Conflict                what the store holds now does not allow it, as a lost compare-and-set; .current is that
 │   ├── InUse               a version that something needs; .users says what
 │   └── KeyReused           an idempotency key that came with another request before
@@ -24,7 +24,8 @@ StoreError                  every message gives the fact and the remedy
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 
 class StoreError(Exception):
@@ -102,8 +103,33 @@ class BaseMismatch(StoreError):
     pass
 
 
+@dataclass(frozen=True, slots=True)
+class RouteProblem:
+    """One thing that is wrong with a route; `place` leads to it through the document: fields, and indices of lists."""
+
+    place: tuple[str | int, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{written(self.place)}: {self.message}" if self.place else self.message
+
+
+def written(place: Iterable[str | int]) -> str:
+    """A place in a route as answers and messages show it: route.routes[0].version."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).removeprefix(".")
+
+
 class InvalidRoute(StoreError):
-    pass
+    """`problems` are all that is wrong with the route; the message has each of them."""
+
+    def __init__(self, message: str, problems: tuple[RouteProblem, ...] = ()) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+    @classmethod
+    def of(cls, problems: Iterable[RouteProblem]) -> Self:
+        listed = tuple(problems)
+        return cls("; ".join(map(str, listed)), listed)
 
 
 class Conflict(StoreError):

@@ -152,5 +152,10 @@ def check_texts(what: str, value: Any, refusal: type[StoreError] = InvalidArtifa
                 pending += inner
 
 
+def storable_text(text: str) -> str:
+    """`text` with what a database cannot hold replaced by U+FFFD: for what is recorded and not anybody's to correct."""
+    return _NO_TEXT.sub("\ufffd", text)
+
+
 def _shown(text: str) -> str:
     return repr(text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…")

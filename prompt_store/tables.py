@@ -13,6 +13,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     DateTime,
     Dialect,
     Float,
@@ -186,6 +187,7 @@ versions = Table(
     Column("tags", Text, nullable=False),
     Column("recipe", Text, nullable=True),
     Column("author", Text, nullable=True),
+    Column("shutdown_date", Date, nullable=True),
     _moment(),
     _principal(),
     UniqueConstraint("task", "number"),
@@ -230,13 +232,41 @@ alias_moves = Table(
     Index(None, "task", "alias"),
 )
 
+# `whole` is the route with its limits where `document`, which schema 0001 had, cannot say all of it; `restores` is the
+# revision that a rollback put in force again.
 route_revisions = Table(
     "route_revisions",
     metadata,
     _name("task", ForeignKey("tasks.name"), primary_key=True),
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("document", Text, nullable=False),
+    Column("whole", Text, nullable=True),
+    Column("reason", Text, nullable=True),
+    Column("restores", Integer, nullable=True),
     _moment(),
+    _principal(),
+)
+
+# What services have said of the backends that they run, in the order of their settings.
+backends = Table(
+    "backends",
+    metadata,
+    _name("name", primary_key=True),
+    Column("kind", String(64), nullable=False),
+    Column("place", Integer, nullable=False),
+    Column("document", Text, nullable=False),
+    _moment("updated_at"),
+    _principal(),
+)
+
+# Deleted by the database with their version, because code that does not know the table deletes versions too.
+calibrations = Table(
+    "calibrations",
+    metadata,
+    _digest("version", ForeignKey("versions.digest", ondelete="CASCADE"), primary_key=True),
+    Column("measure", String(64), primary_key=True),
+    Column("document", Text, nullable=False),
+    _moment("at"),
     _principal(),
 )
 
@@ -285,6 +315,38 @@ outcomes = Table(
     _principal(),
     Index(None, "task", "metric", "at"),
     Index(None, "generation_id"),
+)
+
+spending = Table(
+    "spending",
+    metadata,
+    Column("day", Date, primary_key=True),
+    _name("task", primary_key=True),
+    _name("backend", primary_key=True),
+    Column("amount", Float, nullable=False),
+)
+
+shadow_answers = Table(
+    "shadow_answers",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("generation_id", Text, nullable=False),
+    _name("task"),
+    _digest("primary_version"),
+    _name("primary_label"),
+    _name("primary_backend"),
+    Column("primary_text", Text, nullable=False),
+    Column("primary_ms", Float, nullable=False),
+    _digest("shadow_version"),
+    _name("shadow_label"),
+    _name("shadow_backend"),
+    Column("shadow_text", Text, nullable=True),
+    Column("shadow_error", Text, nullable=True),
+    Column("shadow_ms", Float, nullable=False),
+    Column("agreement", Float, nullable=True),
+    _moment("at"),
+    Index(None, "task", "at"),
+    Index(None, "at"),
 )
 
 # Fine-tuning files and jobs ------------------------------------------------------------------------------------------

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prompt_store.commands.options import DEFAULT_STORE, AliasArgument, JsonOption, StoreOption, TaskArgument, opened
-from prompt_store.commands.printing import counted, in_words, print_document, print_json, print_table, version_document
+from prompt_store.commands.printing import (
+    counted,
+    in_words,
+    print_document,
+    print_json,
+    print_table,
+    shutdown_in_words,
+    version_document,
+)
 from prompt_store.errors import InvalidName, StoreError, nearest_name
 from prompt_store.names import RemoteModel, parse_model_name
 from prompt_store.prompts.unreadable import UnreadableVersion
@@ -84,8 +92,8 @@ def _listed_row(entry: ListedVersion, names: Mapping[str, str]) -> tuple[str, ..
         kind, base, said = version.kind, "", [f"unreadable: {version.reason}"]
     else:
         kind, base = version.payload.kind, names.get(version.base_fingerprint or "", "")
-        said = [*(f"#{tag}" for tag in version.tags), version.notes]
-    marks = " ".join([*(f"@{alias}" for alias in entry.aliases), *said]).strip()
+        said = [shutdown_in_words(version), *(f"#{tag}" for tag in version.tags), version.notes]
+    marks = " ".join(filter(None, [*(f"@{alias}" for alias in entry.aliases), *said]))
     name, created = f"{version.task}@{version.label}", f"{version.created_at:%Y-%m-%d}"
     return name, kind, base, version.digest[:_SHOWN_DIGEST], created, marks
 
@@ -117,7 +125,7 @@ def _task_document(registry: Registry, task: str) -> dict[str, Any]:
         "created_at": revision.created_at.isoformat(),
         "principal": revision.principal,
         "aliases": {alias.name: f"v{alias.number}" for alias in registry.aliases(task)},
-        "route": registry.route(task).model_dump(mode="json"),
+        "route": registry.route(task).document(),
         "versions": len(registry.versions(task)),
     }
 
@@ -130,7 +138,10 @@ def _whole_version(registry: Registry, task: str, selector: str, *, brief: bool)
     if brief and report:
         # What decides; --json has the rest: samples, mistakes, the history of the training.
         report = {key: report[key] for key in _BRIEF_REPORT if key in report} or report
-    return {**version_document(version, aliases), "recipe": evidence.recipe, "report": report}
+    document = version_document(version, aliases)
+    if brief and version.shutdown_date is not None:
+        document["shutdown_date"] = shutdown_in_words(version)
+    return {**document, "recipe": evidence.recipe, "report": report}
 
 
 @app.command()

@@ -1,7 +1,11 @@
-"""Commands that publish and move names: apply-task, publish, ensemble, alias, rollback, delete, load."""
+"""Commands that publish and move names.
+
+apply-task, publish, ensemble, remote, shutdown, alias, rollback, delete, load.
+"""
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,13 +20,14 @@ from prompt_store.commands.options import (
     JsonOption,
     ReasonOption,
     SelectorArgument,
+    ShutdownOption,
     StoreOption,
     TagsOption,
     TaskArgument,
     opened,
     refusals,
 )
-from prompt_store.commands.printing import print_json, print_table, version_document
+from prompt_store.commands.printing import print_json, print_table, shutdown_in_words, version_document
 from prompt_store.errors import BaseMismatch, InvalidArtifact
 
 if TYPE_CHECKING:
@@ -114,6 +119,66 @@ def ensemble(
         new = NewVersion(task=task, payload_content=payload, notes=notes, tags=tuple(tags or ()))
         published = registry.publish(new, alias, reason, command_line_principal())
         print_published("the ensemble", published, alias, registry, as_json)
+
+
+@app.command()
+def remote(
+    task: TaskArgument,
+    provider: Annotated[str, typer.Argument(metavar="PROVIDER", help="As the backend that answers calls it.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As the provider calls it, such as ft:gpt:acme::1.")],
+    shutdown_date: ShutdownOption = None,
+    alias: AliasOption = None,
+    notes: Annotated[str, typer.Option(help="Notes kept with the version.")] = "",
+    tags: TagsOption = None,
+    reason: ReasonOption = "",
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish a model at a provider as a new version of a task."""
+    from prompt_store.prompts.registry import NewVersion
+    from prompt_store.prompts.version import parse_remote_model
+
+    with opened(store) as registry:
+        new = NewVersion(
+            task=task,
+            payload_content=parse_remote_model(provider, model),
+            notes=notes,
+            tags=tuple(tags or ()),
+            shutdown_date=shutdown_date.date() if shutdown_date is not None else None,
+        )
+        published = registry.publish(new, alias, reason, command_line_principal())
+        print_published(f"{model} at {provider}", published, alias, registry, as_json)
+        known = {backend.provider for backend in registry.backends() if backend.provider is not None}
+        if known and provider not in known and not as_json:
+            typer.echo(
+                f"no service on this store has a backend of provider {provider!r} yet, only of "
+                f'{", ".join(sorted(known))}: give one `provider = "{provider}"` in [backends]'
+            )
+
+
+@app.command()
+def shutdown(
+    task: TaskArgument,
+    selector: SelectorArgument,
+    day: Annotated[
+        datetime | None, typer.Argument(metavar="[DATE]", formats=["%Y-%m-%d"], help="The first day without it.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Take the date back instead.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Note when the provider shuts the model behind a version down."""
+    if (day is None) != clear:
+        raise typer.BadParameter("give either a DATE such as 2027-01-31 or --clear")
+    with opened(store) as registry:
+        noted = registry.note_shutdown(
+            task, selector, day.date() if day is not None else None, command_line_principal()
+        )
+        if as_json:
+            print_json(version_document(noted, []))
+            return
+        said = shutdown_in_words(noted) if noted.shutdown_date is not None else "no shutdown is known"
+        typer.echo(f"{task}@{noted.label}: {said}")
 
 
 @app.command("alias")

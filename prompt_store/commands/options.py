@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -29,6 +30,10 @@ AliasArgument = Annotated[str, typer.Argument(metavar="ALIAS", help="Such as pro
 AliasOption = Annotated[str | None, typer.Option(help="Point this alias at it.")]
 ExpectOption = Annotated[str | None, typer.Option(metavar="vN", help="Only if the alias points at this version now.")]
 ReasonOption = Annotated[str, typer.Option(help="Why, for the history.")]
+ShutdownOption = Annotated[
+    datetime | None,
+    typer.Option(metavar="DATE", formats=["%Y-%m-%d"], help="The first day without the model, where it is announced."),
+]
 TagsOption = Annotated[list[str] | None, typer.Option("--tag", metavar="TAG", help="A tag kept with it; repeatable.")]
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -71,7 +72,27 @@ def version_document(version: PromptVersion | UnreadableVersion, aliases: Sequen
         known["unreadable"] = known.pop("reason")
     else:
         known = version.model_dump(mode="json")
+        if version.shutdown_date is not None:
+            known["days_left"] = _days_left(version)
     return {"version": version.label, "aliases": list(aliases), **known}
+
+
+def shutdown_in_words(version: PromptVersion) -> str:
+    """When the model behind a version goes away; nothing where that is not known."""
+    from prompt_store.prompts.version import SHUTDOWN_WARNING_DAYS
+
+    if version.shutdown_date is None:
+        return ""
+    days = _days_left(version)
+    if days <= 0:
+        return f"retired on {version.shutdown_date}"
+    warning = "warning: " if days <= SHUTDOWN_WARNING_DAYS else ""
+    return f"{warning}shut down on {version.shutdown_date}, in {counted(days, 'day')}"
+
+
+def _days_left(version: PromptVersion) -> int:
+    assert version.shutdown_date is not None, "asked of a version that has a date"
+    return (version.shutdown_date - datetime.now(UTC).date()).days
 
 
 def counted(number: int, what: str) -> str:

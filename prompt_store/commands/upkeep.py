@@ -165,6 +165,7 @@ def _collection_document(found: Collection, *, deleted: bool) -> dict[str, Any]:
         "deleted": deleted,
         "versions": documents(found.versions),
         "tensors": [{"digest": tensor.digest, "size_bytes": tensor.size_bytes} for tensor in found.tensors],
+        "calibrations": found.calibrations,
         "answers": found.answers,
         "size_bytes": found.size_bytes,
         "waiting": documents(found.waiting),

@@ -16,7 +16,8 @@ from prompt_store.errors import Conflict, UnknownAlias
 from prompt_store.names import check_alias, is_digest
 from prompt_store.prompts.lookup import find_digest
 from prompt_store.prompts.revisions import require_task
-from prompt_store.routes import DirectRoute, read_route, route_selectors
+from prompt_store.routing.revisions import read_route
+from prompt_store.routing.routes import DirectRoute, route_selectors
 from prompt_store.tables import alias_moves, aliases, audit, versions
 
 
@@ -169,7 +170,7 @@ def remove_alias(
     if previous is None:
         raise UnknownAlias(alias, [known.name for known in read_aliases(connection, task)], where=f" of task {task!r}")
     applied = read_route(connection, task)
-    if applied is not None and applied.route != DirectRoute() and alias in route_selectors(applied.route):
+    if applied is not None and applied.route.route != DirectRoute() and alias in route_selectors(applied.route.route):
         raise Conflict(
             f"alias {alias!r} of task {task!r} is named by the task's route; apply a route without it first, or move "
             "the alias instead",

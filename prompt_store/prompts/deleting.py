@@ -18,7 +18,8 @@ from prompt_store.prompts.aliases import VERSION_DELETED
 from prompt_store.prompts.lookup import find_version, to_version
 from prompt_store.prompts.unreadable import Unreadable
 from prompt_store.prompts.version import EnsemblePayload, PromptVersion
-from prompt_store.routes import Route, read_route, read_routes, route_selectors
+from prompt_store.routing.revisions import read_routes
+from prompt_store.routing.routes import Route, route_selectors
 from prompt_store.tables import aliases, tensors, version_tensors, versions
 
 _KINDS_WITHOUT_MEMBERS = ("soft_prompt", "prefix", "text", "remote_model")
@@ -42,13 +43,12 @@ def read_uses(connection: Connection, task: str | None = None) -> Mapping[str, l
     numbered = select(versions.c.task, versions.c.number, versions.c.digest)
     compound = select(versions).where(versions.c.kind.not_in(_KINDS_WITHOUT_MEMBERS))
     if task is None:
-        routes = read_routes(connection)
+        applied = read_routes(connection)
     else:
         named = named.where(aliases.c.task == task)
         numbered = numbered.where(versions.c.task == task)
         compound = compound.where(versions.c.task == task)
-        applied = read_route(connection, task)
-        routes = {task: applied.route} if applied is not None else {}
+        applied = read_routes(connection, [task])
     targets: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for row in connection.execute(named):
         uses[row.version].append(Use(f"alias {row.name!r}"))
@@ -56,10 +56,10 @@ def read_uses(connection: Connection, task: str | None = None) -> Mapping[str, l
     numbers: defaultdict[str, dict[int, str]] = defaultdict(dict)
     for row in connection.execute(numbered):
         numbers[row.task][row.number] = row.digest
-    for owner, route in routes.items():
+    for owner, route in applied.items():
         if isinstance(route, Unreadable):
             raise SchemaMismatch(route.reason)
-        for selector, digest in _named_by(route, numbers[owner], targets[owner]):
+        for selector, digest in _named_by(route.route, numbers[owner], targets[owner]):
             uses[digest].append(Use(f"the route in force (by {selector!r})"))
     for stored in connection.execute(compound):
         ensemble = to_version(stored)

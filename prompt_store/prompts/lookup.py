@@ -144,6 +144,7 @@ def to_version(row: Row[Any]) -> PromptVersion:
             created_at=row.created_at,
             principal=row.principal,
             author=row.author,
+            shutdown_date=row.shutdown_date,
         )
     except (ValidationError, ValueError, TypeError) as error:
         raise SchemaMismatch(

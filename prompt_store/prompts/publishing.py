@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, assert_never
 
 from sqlalchemy import Connection, insert, select, update
@@ -14,7 +14,7 @@ from prompt_store.errors import BaseMismatch, InvalidArtifact, UnknownBase
 from prompt_store.names import check_alias, check_texts
 from prompt_store.prompts.aliases import set_alias
 from prompt_store.prompts.bases import read_bases
-from prompt_store.prompts.lookup import read_version
+from prompt_store.prompts.lookup import find_version, read_version
 from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.revisions import TaskRevision, current_revision, read_revision
 from prompt_store.prompts.soft_prompt import SoftPrompt
@@ -43,7 +43,8 @@ class NewVersion:
 
     A soft prompt or prefix needs `base_fingerprint`; a text prompt may name the base it was judged on. An ensemble
     answers the revision that its members answer, and brings their base. `recipe` is the document that `provenance`
-    hashes; `author` is who made it, where that is not who publishes it.
+    hashes; `author` is who made it, where that is not who publishes it; `shutdown_date` is the first day without the
+    remote model.
     """
 
     task: str
@@ -56,6 +57,7 @@ class NewVersion:
     tags: tuple[str, ...] = ()
     recipe: dict[str, Any] | None = None
     author: str | None = None
+    shutdown_date: date | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,8 @@ def prepare(connection: Connection, new: NewVersion, alias: str | None) -> Prepa
         payload = content
     else:
         assert_never(content)
+    if new.shutdown_date is not None:
+        check_shutdown(payload)
     return Prepared(
         digest=version_digest(revision.digest, payload),
         task_revision=revision,
@@ -132,6 +136,7 @@ def prepare(connection: Connection, new: NewVersion, alias: str | None) -> Prepa
             "tags": json.dumps(list(dict.fromkeys(new.tags)), ensure_ascii=False),
             "recipe": _text_of("recipe", new.recipe) if new.recipe is not None else None,
             "author": new.author,
+            "shutdown_date": new.shutdown_date,
         },
     )
 
@@ -194,6 +199,39 @@ def write(
     if alias is not None:
         set_alias(connection, task, alias, prepared.digest, reason=reason, principal=principal, at=at)
     return Published(read_version(connection, prepared.digest), created=known is None)
+
+
+def note_shutdown(
+    connection: Connection, task: str, selector: str, day: date | None, principal: Principal, at: datetime
+) -> PromptVersion:
+    """Writes down from which day on the model behind a version is gone, None to take that back.
+
+    Raises as `find_version`, and InvalidArtifact for a version that no remote model is behind.
+    """
+    version = find_version(connection, task, selector)
+    if day == version.shutdown_date:
+        return version
+    check_shutdown(version.payload)
+    connection.execute(update(versions).where(versions.c.digest == version.digest).values(shutdown_date=day))
+    record(
+        connection,
+        "version",
+        action="version.note_shutdown",
+        task=task,
+        subject=version.digest,
+        principal=principal,
+        at=at,
+        details={"number": version.number, "shutdown_date": day.isoformat() if day is not None else None},
+    )
+    return read_version(connection, version.digest)
+
+
+def check_shutdown(payload: Payload) -> None:
+    """Raises InvalidArtifact for what no provider can shut down."""
+    if not isinstance(payload, RemoteModelPayload):
+        raise InvalidArtifact(
+            f"a {payload.kind} payload has no provider that could shut it down; leave the shutdown date out"
+        )
 
 
 def _find_base(connection: Connection, fingerprint: str) -> BaseDescription:

@@ -1,4 +1,4 @@
-"""The registry: one object over the store's tasks, bases, versions, aliases and routes.
+"""The registry: one object over the store's tasks, bases, versions and aliases, and by its own base over routes.
 
 Each method is one transaction; what happens inside is in the module of its noun. Every method may raise
 StoreUnavailable, and those that take a task UnknownTask.
@@ -6,18 +6,17 @@ StoreUnavailable, and those that take a task UnknownTask.
 
 from collections.abc import Callable
 from dataclasses import fields
-from datetime import UTC, datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, TypeAdapter
 from sqlalchemy import Connection
 
-from prompt_store import idempotency, routes
+from prompt_store import idempotency
 from prompt_store.access import Principal
 from prompt_store.changes import Change, ChangeWatcher, read_changes
-from prompt_store.database import Database
 from prompt_store.errors import UnknownAlias
-from prompt_store.names import AliasSelector, check_text, parse_selector
+from prompt_store.names import check_text
 from prompt_store.prompts import aliases, bases, deleting, listing, lookup, publishing, revisions
 from prompt_store.prompts.aliases import UNSET, Alias, AliasMove, Unset
 from prompt_store.prompts.bases import CarriedBase
@@ -32,7 +31,7 @@ from prompt_store.prompts.task import Task
 from prompt_store.prompts.tensor_file import Tensor
 from prompt_store.prompts.unreadable import UnreadableVersion
 from prompt_store.prompts.version import BaseDescription, PromptVersion
-from prompt_store.routes import DirectRoute, Route, RouteRevision
+from prompt_store.routing.registry import RoutingRegistry
 from prompt_store.upkeep import collecting
 from prompt_store.upkeep.collecting import Collection
 
@@ -63,16 +62,8 @@ Moved = TypeVar("Moved", bound=Alias | None)
 _MOVED: TypeAdapter[Alias | None] = TypeAdapter(Alias | None)
 
 
-def utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
-class Registry:
+class Registry(RoutingRegistry):
     """Threads may share one. `now` gives the time that rows are stamped with."""
-
-    def __init__(self, database: Database, *, now: Callable[[], datetime] = utc_now) -> None:
-        self.database = database
-        self._now = now
 
     def register_base(self, base: BaseDescription, principal: Principal) -> None:
         """Makes a base known, once. Raises Conflict when its fingerprint is known with other sizes."""
@@ -217,6 +208,14 @@ class Registry:
                 connection, task, selector, reason=reason, principal=principal, at=self._now()
             )
 
+    def note_shutdown(self, task: str, selector: str, day: date | None, principal: Principal) -> PromptVersion:
+        """Writes down from which day on the model behind a version is gone; None takes that back.
+
+        Raises InvalidArtifact for a version that no remote model is behind; otherwise as `version`.
+        """
+        with self.database.write() as connection:
+            return publishing.note_shutdown(connection, task, selector, day, principal, self._now())
+
     def move_alias(
         self,
         task: str,
@@ -346,31 +345,6 @@ class Registry:
             revisions.require_task(connection, task)
             return aliases.read_rollback_targets(connection, task).get((task, alias))
 
-    def apply_route(self, task: str, route: Route, principal: Principal) -> RouteRevision:
-        """Puts a route in force. An alias in it may be set later; a number or digest must exist now.
-
-        Raises NotYetSupported for reserved kinds, UnknownVersion.
-        """
-        routes.check_servable(route)
-        with self.database.write() as connection:
-            revisions.require_task(connection, task)
-            if isinstance(route, DirectRoute) and not isinstance(parse_selector(route.version), AliasSelector):
-                lookup.find_digest(connection, task, route.version)
-            return routes.apply_route(connection, task, route, principal, self._now())
-
-    def route(self, task: str) -> Route:
-        """The route in force; DirectRoute() where none was applied."""
-        with self.database.read() as connection:
-            revisions.require_task(connection, task)
-            revision = routes.read_route(connection, task)
-            return revision.route if revision is not None else DirectRoute()
-
-    def route_history(self, task: str) -> list[RouteRevision]:
-        """Newest first."""
-        with self.database.read() as connection:
-            revisions.require_task(connection, task)
-            return routes.read_route_history(connection, task)
-
     def changes_since(self, sequence: int) -> list[Change]:
         """Oldest first."""
         with self.database.read() as connection:
@@ -402,6 +376,8 @@ def _plain(new: NewVersion) -> dict[str, Any]:
     def value(given: Any) -> Any:
         if isinstance(given, Tensor):
             return given.digest
+        if isinstance(given, date):
+            return given.isoformat()
         return given.model_dump(mode="json") if isinstance(given, BaseModel) else given
 
     return {field.name: value(getattr(new, field.name)) for field in fields(new)}

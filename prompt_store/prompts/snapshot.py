@@ -1,7 +1,8 @@
 """Everything a service needs to route requests, read at one moment and without tensor bytes or reports.
 
 A snapshot is made of one immutable value a task. The next one reads only the tasks that the change log names since, and
-of those only the rows that it does not have: versions and revisions never change, they only come and go.
+of those only the rows that it does not have: versions and revisions come and go, and all that ever changes of one is
+the day on which its model is shut down.
 """
 
 from bisect import bisect_left
@@ -18,10 +19,12 @@ from prompt_store.errors import InvalidName, SchemaMismatch
 from prompt_store.names import AliasSelector, DigestSelector, NumberSelector, Selector
 from prompt_store.prompts.bases import read_bases
 from prompt_store.prompts.lookup import read_row, select_versions
-from prompt_store.prompts.revisions import TaskRevision, to_revision
+from prompt_store.prompts.revisions import TaskRevision, require_task, to_revision
 from prompt_store.prompts.unreadable import Unreadable, UnreadableVersion, readable
 from prompt_store.prompts.version import BaseDescription, EnsemblePayload, PromptVersion
-from prompt_store.routes import DirectRoute, Route, read_routes
+from prompt_store.routing.calibrations import Calibration, read_calibrations
+from prompt_store.routing.revisions import read_routes
+from prompt_store.routing.routes import TaskRoute
 from prompt_store.tables import aliases, changes, task_revisions, tasks, versions
 
 T = TypeVar("T")
@@ -36,6 +39,7 @@ class TaskSnapshot:
 
     `revisions` and `versions` are by digest, `versions` in order of their numbers. Every digest in `numbers` and
     `aliases` is a key of `versions`, that of every readable version's task revision a key of `revisions`.
+    `calibrations` are by version digest and measure.
     """
 
     name: str
@@ -44,7 +48,8 @@ class TaskSnapshot:
     versions: Mapping[str, PromptVersion | UnreadableVersion]
     numbers: Mapping[int, str]
     aliases: Mapping[str, str]
-    route: Route | Unreadable
+    route: TaskRoute | Unreadable
+    calibrations: Mapping[tuple[str, str], Calibration]
 
     def find(self, selector: Selector) -> PromptVersion | UnreadableVersion | None:
         """The version that a selector names, None where there is none. Raises InvalidName where it fits several."""
@@ -109,6 +114,12 @@ def read_snapshot(connection: Connection, previous: StoreSnapshot | None = None)
     )
 
 
+def read_task_snapshot(connection: Connection, name: str) -> TaskSnapshot:
+    """One task as the caller's transaction sees it. Raises UnknownTask."""
+    require_task(connection, name)
+    return _read_tasks(connection, [name], {})[name]
+
+
 def _read_tasks(
     connection: Connection, names: Collection[str] | None, known: Mapping[str, TaskSnapshot]
 ) -> dict[str, TaskSnapshot]:
@@ -120,10 +131,12 @@ def _read_tasks(
         connection, select(task_revisions), task_revisions, names, [task.revisions for task in before], _read_revision
     )
     by_digest = _read_rows(connection, select_versions(), versions, names, [task.versions for task in before], read_row)
+    _follow_shutdowns(connection, names, by_digest)
     targets: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for row in connection.execute(_of(select(aliases), aliases, names)):
         targets[row.task][row.name] = row.version
     routes = read_routes(connection, names)
+    calibrations = read_calibrations(connection, names)
     query = select(tasks) if names is None else select(tasks).where(tasks.c.name.in_(names))
     return {
         row.name: TaskSnapshot(
@@ -133,7 +146,8 @@ def _read_tasks(
             versions=by_digest[row.name],
             numbers={version.number: digest for digest, version in by_digest[row.name].items()},
             aliases=targets[row.name],
-            route=routes.get(row.name, DirectRoute()),
+            route=routes.get(row.name, TaskRoute()),
+            calibrations=calibrations.get(row.name, {}),
         )
         for row in connection.execute(query)
     }
@@ -161,6 +175,20 @@ def _read_rows(
     for task, digest in present:
         found[task][digest] = read[digest] if digest in read else parsed[digest]
     return found
+
+
+def _follow_shutdowns(
+    connection: Connection,
+    names: Collection[str] | None,
+    read: Mapping[str, dict[str, PromptVersion | UnreadableVersion]],
+) -> None:
+    """Gives versions that were read before the shutdown date that they have now."""
+    dated = select(versions.c.digest, versions.c.shutdown_date).where(versions.c.shutdown_date.is_not(None))
+    dates = {row.digest: row.shutdown_date for row in connection.execute(_of(dated, versions, names))}
+    for known in read.values():
+        for digest, version in known.items():
+            if isinstance(version, PromptVersion) and version.shutdown_date != dates.get(digest):
+                known[digest] = version.model_copy(update={"shutdown_date": dates.get(digest)})
 
 
 def _of(query: Select[Any], table: Table, names: Collection[str] | None) -> Select[Any]:

@@ -5,7 +5,7 @@ The payload is a tagged union by `kind`; which backend serves which kind is the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -20,6 +20,8 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 Vote = Literal["majority", "mean_logprob"]
 MAX_MEMBERS = 64
+SHUTDOWN_WARNING_DAYS = 60
+"""From when on the shutdown of the model behind a version is warned of."""
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -122,6 +124,18 @@ def parse_ensemble(members: Sequence[str], base_fingerprint: str | None, vote: s
         ) from error
 
 
+def parse_remote_model(provider: str, model: str) -> RemoteModelPayload:
+    """A model at a provider. Raises InvalidArtifact saying what is wrong with it."""
+    try:
+        return RemoteModelPayload(provider=provider, model=model)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        raise InvalidArtifact(
+            f"this is no remote model: {problem['loc'][0]}: {problem['msg']}; name a provider in 1 to 64 characters "
+            "and its model in 1 to 256"
+        ) from error
+
+
 class DatasetUse(BaseModel):
     """A dataset that a version was trained or evaluated on."""
 
@@ -149,6 +163,7 @@ class Provenance(BaseModel):
 class PromptVersion(BaseModel):
     """One published version. `digest` names the content; number, notes and the rest are rows beside it.
 
+    `shutdown_date` is the first day without the remote model behind it, where that is announced; it alone may change.
     Its report and recipe stay in the store until `Registry.evidence` asks for them.
     """
 
@@ -165,6 +180,7 @@ class PromptVersion(BaseModel):
     created_at: datetime
     principal: str
     author: str | None = None
+    shutdown_date: date | None = None
 
     @property
     def label(self) -> str:

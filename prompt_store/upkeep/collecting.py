@@ -12,7 +12,7 @@ from prompt_store.database import Database
 from prompt_store.idempotency import LIFETIME
 from prompt_store.prompts.aliases import read_rollback_targets
 from prompt_store.prompts.deleting import Use, erase_version, read_uses
-from prompt_store.tables import alias_moves, idempotency_keys, tensors, version_tensors, versions
+from prompt_store.tables import alias_moves, calibrations, idempotency_keys, tensors, version_tensors, versions
 
 # Publishers wait for each transaction, so it is kept short.
 _VERSIONS_AT_ONCE = 50
@@ -51,11 +51,13 @@ class OrphanedTensor:
 class Collection:
     """What a collection removes, or has removed, and how many bytes of tensors that frees.
 
-    `answers` counts expired idempotency keys. `waiting` are unnamed versions that the grace period alone keeps.
+    `calibrations` counts those that go with the versions, `answers` expired idempotency keys. `waiting` are unnamed
+    versions that the grace period alone keeps.
     """
 
     versions: tuple[UnnamedVersion, ...]
     tensors: tuple[OrphanedTensor, ...]
+    calibrations: int
     answers: int
     size_bytes: int
     waiting: tuple[UnnamedVersion, ...]
@@ -77,6 +79,7 @@ def plan_collection(connection: Connection, grace: timedelta, now: datetime) -> 
     return Collection(
         versions=tuple(version for digest, version in unnamed.items() if digest in removed),
         tensors=orphans,
+        calibrations=_count_calibrations(connection, removed),
         answers=connection.execute(expired).scalar_one(),
         size_bytes=sum(freed) + sum(tensor.size_bytes for tensor in orphans),
         waiting=tuple(version for digest, version in unnamed.items() if digest in waiting),
@@ -91,7 +94,7 @@ def collect(database: Database, grace: timedelta, *, reason: str, principal: Pri
     """
     gone: list[UnnamedVersion] = []
     orphans: list[OrphanedTensor] = []
-    answers = freed = 0
+    measured = answers = freed = 0
     sequence: int | None = None
     while True:
         with database.write() as connection:
@@ -105,6 +108,7 @@ def collect(database: Database, grace: timedelta, *, reason: str, principal: Pri
                 # Ensembles first, so that none is ever without its members.
                 left = sorted(plan.versions, key=lambda version: version.kind != "ensemble")
             batch, left = left[:_VERSIONS_AT_ONCE], left[_VERSIONS_AT_ONCE:]
+            measured += _count_calibrations(connection, {version.digest for version in batch})
             for version in batch:
                 freed += erase_version(
                     connection,
@@ -120,7 +124,12 @@ def collect(database: Database, grace: timedelta, *, reason: str, principal: Pri
         gone += batch
         if not left:
             gone.sort(key=lambda version: (version.task, version.number))
-            return Collection(tuple(gone), tuple(orphans), answers, freed, plan.waiting)
+            return Collection(tuple(gone), tuple(orphans), measured, answers, freed, plan.waiting)
+
+
+def _count_calibrations(connection: Connection, digests: set[str]) -> int:
+    """How many there are of those versions. There are few of them, so they are counted one by one."""
+    return sum(digest in digests for digest in connection.execute(select(calibrations.c.version)).scalars())
 
 
 def _read_tensors(connection: Connection) -> tuple[dict[str, int], dict[str, set[str]]]:

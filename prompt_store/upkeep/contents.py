@@ -1,4 +1,7 @@
-"""Checking content: tensors, task revisions and versions against their digests and against each other."""
+"""Checking content: tensors, task revisions and versions against their digests and against each other.
+
+And what is said of versions and of the backends that answer with them.
+"""
 
 import json
 from collections import defaultdict
@@ -13,7 +16,9 @@ from prompt_store.prompts.lookup import to_version
 from prompt_store.prompts.soft_prompt import tensor_digest
 from prompt_store.prompts.task import Task
 from prompt_store.prompts.version import EnsemblePayload, PromptVersion, payload_base, payload_tensors, version_digest
-from prompt_store.tables import bases, task_revisions, tasks, tensors, versions
+from prompt_store.routing.backends import to_backend
+from prompt_store.routing.calibrations import Calibration
+from prompt_store.tables import backends, bases, calibrations, task_revisions, tasks, tensors, versions
 from prompt_store.upkeep.problems import RESTORE, Checked, Damage, Problem, Reader, refused_document
 
 
@@ -97,6 +102,35 @@ def check_versions(reader: Reader, checked: Checked) -> Iterator[Problem]:
             faults.append(Problem("contradictory", where, "another version has its number too", RESTORE))
         numbers.add((row.task, row.number))
         yield from faults
+
+
+def check_calibrations(reader: Reader, _: Checked) -> Iterator[Problem]:
+    """Every calibration can be read, and is of the version and measure that its row names."""
+    for row in reader.rows(select(calibrations).order_by(calibrations.c.version, calibrations.c.measure)):
+        having = reader.labels([row.version])
+        where = f"calibration of {', '.join(having)} for {row.measure}"
+        try:
+            found = Calibration.model_validate_json(row.document)
+        except ValidationError as error:
+            yield refused_document(where, "its document", error)
+            continue
+        if (found.version, found.measure) != (row.version, row.measure):
+            text = f"its document is of version {found.version[:12]} and {found.measure}"
+            yield Problem("contradictory", where, text, f"{RESTORE}, or calibrate it again")
+
+
+def check_backends(reader: Reader, _: Checked) -> Iterator[Problem]:
+    """Every backend's description can be read, and is of the name that its row gives."""
+    for row in reader.rows(select(backends).order_by(backends.c.name)):
+        where = f"backend {row.name!r}"
+        try:
+            found = to_backend(row.name, row.document)
+        except SchemaMismatch as error:
+            yield refused_document(where, "its description", error.__cause__)
+            continue
+        if (found.name, found.kind) != (row.name, row.kind):
+            text = f"its description is of {found.name!r}, of kind {found.kind!r}"
+            yield Problem("contradictory", where, text, "start the service that runs it again")
 
 
 def _republish(versions: Sequence[str]) -> str:

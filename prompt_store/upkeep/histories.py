@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from sqlalchemy import Row, Table, func, or_, select
 
 from prompt_store.names import AliasSelector, DigestSelector, NumberSelector, parse_selector
-from prompt_store.routes import ROUTE, Route, route_selectors
+from prompt_store.routing.revisions import read_document
+from prompt_store.routing.routes import Route, route_selectors
 from prompt_store.tables import alias_moves, aliases, audit, change_counter, changes, route_revisions
 from prompt_store.upkeep.problems import RESTORE, Checked, Problem, Reader, refused_document
 
@@ -39,7 +40,7 @@ def check_routes(reader: Reader, _: Checked) -> Iterator[Problem]:
         for row in revisions:
             where = f"route {row.number} of task {task!r}"
             try:
-                route = ROUTE.validate_json(row.document)
+                route = read_document(row).route
             except ValidationError as error:
                 yield refused_document(where, "its document", error)
                 continue

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from prompt_store.database import Database
 from prompt_store.migrating import Storage
-from prompt_store.upkeep.contents import check_tasks, check_tensors, check_versions
+from prompt_store.upkeep.contents import check_backends, check_calibrations, check_tasks, check_tensors, check_versions
 from prompt_store.upkeep.histories import check_aliases, check_log, check_routes
 from prompt_store.upkeep.problems import RESTORE, Checked, Damage, Problem, Reader
 
@@ -53,6 +53,8 @@ _CHECKS: dict[str, Callable[[Reader, Checked], Iterator[Problem]]] = {
     "the tensors": check_tensors,
     "the tasks": check_tasks,
     "the versions": check_versions,
+    "the calibrations": check_calibrations,
+    "the backends": check_backends,
     "the aliases": check_aliases,
     "the routes": check_routes,
     "the logs": check_log,

@@ -10,12 +10,21 @@ from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.registry import BaseDescription, NewVersion, Published, Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Task, parse_task
+from prompt_store.routing.backends import BackendDescription
+from prompt_store.routing.calibrations import Calibration
 
 ANNA = Principal("anna")
 BORIS = Principal("boris")
 
 BASE = BaseDescription("a1" * 32, "demo-base", 16, 2, 64, 512, "LlamaForCausalLM", kv_heads=2, head_size=8)
 OTHER_BASE = BaseDescription("b2" * 32, "other-base", 16, 2, 64, 512, "LlamaForCausalLM", kv_heads=2, head_size=8)
+
+LOCAL = BackendDescription(
+    "local", "local", None, frozenset({"soft_prompt", "prefix", "text"}), frozenset({"scores", "logprobs"})
+)
+OPENAI = BackendDescription(
+    "openai", "openai", "openai", frozenset({"remote_model", "text"}), frozenset({"scores"}), "m"
+)
 
 TASK_TOML = """
 name = "support_intents"
@@ -66,6 +75,11 @@ def publish(registry: Registry, seed: int = 0, alias: str | None = None, **chang
         "base_fingerprint": BASE.fingerprint,
     }
     return registry.publish(NewVersion(**{**fields, **changes}), alias, "because", ANNA)
+
+
+def calibration(version: str, measure: str = "mean_logprob", **changes: Any) -> Calibration:
+    facts = {"threshold": -0.3, "target": 0.95, "accuracy": 0.96, "accepted_share": 0.7, "rows": 400, "dataset": "held"}
+    return Calibration.model_validate({"version": version, "measure": measure, **facts, **changes})
 
 
 def bundle(folder: Path) -> Path:

@@ -9,7 +9,8 @@ from sqlalchemy import text
 from prompt_store.changes import ChangeWatcher, record
 from prompt_store.database import Database
 from prompt_store.errors import StoreUnavailable
-from prompt_store.prompts.registry import Registry, utc_now
+from prompt_store.prompts.registry import Registry
+from prompt_store.routing.registry import utc_now
 from tests.prompt_store import processes
 from tests.prompt_store.building import ANNA, BASE, publish, task
 from tests.prompt_store.processes import finished

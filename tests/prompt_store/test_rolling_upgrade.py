@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from prompt_store.migrating import MIGRATIONS, newest_revision
 from prompt_store.prompts.registry import NewVersion, Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.version import RemoteModelPayload
+from prompt_store.routing.routes import DirectRoute, TaskRoute, parse_task_route
 from prompt_store.upkeep.verifying import verify
 from tests.conftest import ROOT
-from tests.prompt_store.building import ANNA, BASE, prefix, prompt, publish, task
+from tests.prompt_store.building import ANNA, BASE, LOCAL, OPENAI, calibration, prefix, prompt, publish, task
 from tests.prompt_store.consistency import assert_consistent
 from tests.prompt_store.test_migrating import revision_of
 
@@ -129,6 +131,11 @@ def test_the_previous_release_reads_and_goes_on_with_all_that_this_one_can_write
         )
         registry.delete_version("support_intents", "v9", reason="", principal=ANNA)
         registry.add_task_revision(task(description="beside"), ANNA)
+        registry.register_backends([LOCAL, OPENAI], ANNA)
+        registry.calibrate(calibration(registry.version("support_intents", "v1").digest, "margin"), ANNA)
+        registry.note_shutdown("support_intents", "remote", date(2031, 1, 2), ANNA)
+        registry.add_spending([(date(2030, 1, 2), "support_intents", "openai", 0.5)])
+        registry.apply_route("support_intents", TaskRoute(route=DirectRoute(backend="local")), ANNA, reason="as before")
     before = told(ROOT, store)
     kinds = [row[8] for row in before["versions"].values()]
     assert {"prefix", "remote_model", "soft_prompt", "text", "ensemble"} == set(kinds)
@@ -143,6 +150,25 @@ def test_the_previous_release_reads_and_goes_on_with_all_that_this_one_can_write
         # A rollback takes back what the previous release moved.
         back = Registry(database).rollback_alias("support_intents", "production", reason="", principal=ANNA)
         assert back.number == 11
+
+
+def test_the_previous_release_takes_up_a_store_with_routes_that_it_does_not_know(previous: Path, store: Path) -> None:
+    leaves = [{"kind": "direct", "backend": "local", "version": version} for version in ("production", "v1")]
+    compound = [
+        {"kind": "cascade", "first": leaves[1], "second": leaves[0], "measure": "margin"},
+        {"kind": "ensemble", "members": leaves, "vote": "mean_logprob"},
+        {"route": leaves[0], "deadline_s": 3},
+    ]
+    with Database.open(store) as database:
+        registry = Registry(database)
+        registry.calibrate(calibration(registry.version("support_intents", "v1").digest, "margin"), ANNA)
+    for document, seen in zip(compound, ("fallback", "fallback", "direct"), strict=True):
+        with Database.open(store) as database:
+            route = parse_task_route(document)
+            Registry(database).apply_route("support_intents", route, ANNA, backends=[LOCAL])
+        assert json.loads(run(ROOT, "glance", store)) == {"support_intents": route.route.kind}
+        assert json.loads(run(previous, "glance", store)) == {"support_intents": seen}
+    run(previous, "work", store, 3000, 1)
 
 
 def test_the_previous_release_refuses_a_schema_that_names_no_older_reader(

@@ -14,13 +14,15 @@ from tests.prompt_store.building import BASE, prompt
 class Shell:
     """`softcue prompts` on one store; files are made in `folder`."""
 
+    commands = app
+
     def __init__(self, folder: Path, store: str) -> None:
         self.folder = folder
         self.store = store
 
     def run(self, *arguments: str) -> str:
         """What a command that succeeds prints, which is all on stdout."""
-        result = CliRunner().invoke(app, [*arguments, "--store", self.store])
+        result = CliRunner().invoke(self.commands, [*arguments, "--store", self.store])
         assert result.exit_code == 0, result.output
         assert result.stderr == ""
         return result.stdout
@@ -32,7 +34,7 @@ class Shell:
         """The one line on stderr of a command that is refused, with --json or without."""
         lines = set()
         for more in ([], ["--json"]):
-            result = CliRunner().invoke(app, [*arguments, *more, "--store", self.store])
+            result = CliRunner().invoke(self.commands, [*arguments, *more, "--store", self.store])
             assert result.exit_code == 1, result.output
             assert result.stdout == ""
             lines.add(result.stderr)
@@ -42,7 +44,7 @@ class Shell:
 
     def misuse(self, *arguments: str) -> str:
         """What a command says whose arguments contradict each other, without the frame around it."""
-        result = CliRunner().invoke(app, [*arguments, "--store", self.store])
+        result = CliRunner().invoke(self.commands, [*arguments, "--store", self.store])
         assert result.exit_code == 2, result.output
         return " ".join(result.stderr.replace("│", " ").split())
 

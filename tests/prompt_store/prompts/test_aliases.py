@@ -5,7 +5,7 @@ from sqlalchemy import select
 
 from prompt_store.errors import Conflict, InvalidName, UnknownAlias, UnknownVersion
 from prompt_store.prompts.registry import Alias, Registry
-from prompt_store.routes import DirectRoute
+from prompt_store.routing.routes import DirectRoute, TaskRoute
 from prompt_store.tables import audit
 from tests.prompt_store.building import ANNA, BORIS, publish
 
@@ -217,10 +217,10 @@ def test_an_alias_that_a_route_names_is_removed_only_when_the_route_is_the_defau
 ) -> None:
     registry.move_alias(TASK, "stable", "v1", reason="", principal=ANNA)
     move(registry, "v2")
-    registry.apply_route(TASK, DirectRoute(version="stable"), ANNA)
+    registry.apply_route(TASK, TaskRoute(route=DirectRoute(version="stable")), ANNA)
     with pytest.raises(Conflict, match="named by the task's route; apply a route without it first"):
         registry.remove_alias(TASK, "stable", reason="", principal=ANNA)
-    registry.apply_route(TASK, DirectRoute(), ANNA)
+    registry.apply_route(TASK, TaskRoute(route=DirectRoute()), ANNA)
     registry.remove_alias(TASK, "stable", reason="", principal=ANNA)
     registry.remove_alias(TASK, "production", reason="", principal=ANNA)
     assert registry.aliases(TASK) == []

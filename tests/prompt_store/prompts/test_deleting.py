@@ -5,7 +5,7 @@ from prompt_store.canonical import canonical_json
 from prompt_store.errors import Conflict, InUse, SchemaMismatch, UnknownVersion
 from prompt_store.prompts.registry import Registry
 from prompt_store.prompts.version import EnsemblePayload
-from prompt_store.routes import DirectRoute
+from prompt_store.routing.routes import DirectRoute, TaskRoute
 from prompt_store.tables import audit, route_revisions, tensors, version_tensors, versions
 from tests.prompt_store.building import ANNA, BASE, BORIS, prompt, publish, task
 
@@ -93,10 +93,10 @@ def test_a_version_that_aliases_name_is_kept_and_the_refusal_names_them(registry
 def test_a_version_that_the_route_names_is_kept(registry: Registry, digests: list[str], selector: str) -> None:
     registry.move_alias(TASK, "stable", "v1", reason="", principal=ANNA)
     named = {"number": "v1", "digest": digests[0], "prefix": digests[0][:8], "alias": "stable"}[selector]
-    registry.apply_route(TASK, DirectRoute(version=named), ANNA)
+    registry.apply_route(TASK, TaskRoute(route=DirectRoute(version=named)), ANNA)
     with pytest.raises(InUse, match=rf"the route in force \(by '{named}'\)"):
         delete(registry, "v1")
-    registry.apply_route(TASK, DirectRoute(version="v2"), ANNA)
+    registry.apply_route(TASK, TaskRoute(route=DirectRoute(version="v2")), ANNA)
     registry.remove_alias(TASK, "stable", reason="", principal=ANNA)
     assert delete(registry, "v1") == "v1"
     with pytest.raises(InUse, match="the route in force"):
@@ -106,7 +106,7 @@ def test_a_version_that_the_route_names_is_kept(registry: Registry, digests: lis
 def test_a_version_in_an_arm_of_an_experiment_deep_inside_a_route_is_kept(
     registry: Registry, digests: list[str]
 ) -> None:
-    arms = [{"name": name, "weight": 1, "route": {"kind": "direct", "version": name}} for name in ("v1", "v2")]
+    arms = [{"name": name, "weight": 0.5, "route": {"kind": "direct", "version": name}} for name in ("v1", "v2")]
     split = {"kind": "split", "experiment": "labels", "arms": arms}
     shadowed = {"kind": "shadow", "primary": {"kind": "direct"}, "shadow": split}
     route_by(registry, {"kind": "fallback", "routes": [shadowed, {"kind": "direct"}]})

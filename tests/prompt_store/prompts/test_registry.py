@@ -22,7 +22,7 @@ from prompt_store.prompts.registry import Evidence, Registry, TaskSnapshot
 from prompt_store.prompts.task import parse_task
 from prompt_store.prompts.template import Message
 from prompt_store.prompts.version import PrefixPayload, TextPayload
-from prompt_store.routes import DirectRoute
+from prompt_store.routing.routes import TaskRoute
 from prompt_store.tables import tensors, version_tensors, versions
 from tests.prompt_store.building import ANNA, BASE, BORIS, OTHER_BASE, prompt, publish, task
 
@@ -179,9 +179,10 @@ def test_a_snapshot_holds_everything_but_the_bytes(registry: Registry) -> None:
             versions={first.digest: first, second.digest: second},
             numbers={1: first.digest, 2: second.digest},
             aliases={"production": first.digest, "candidate": second.digest},
-            route=DirectRoute(),
+            route=TaskRoute(),
+            calibrations={},
         ),
-        "bare": TaskSnapshot("bare", bare, {bare.digest: bare}, {}, {}, {}, DirectRoute()),
+        "bare": TaskSnapshot("bare", bare, {bare.digest: bare}, {}, {}, {}, TaskRoute(), {}),
     }
     assert snapshot.bases == {BASE.fingerprint: BASE}
 

@@ -2,7 +2,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 
 import pytest
 from sqlalchemy import delete, event, update
@@ -12,9 +12,10 @@ from prompt_store.errors import InvalidName, SchemaMismatch
 from prompt_store.names import AliasSelector, DigestSelector, NumberSelector
 from prompt_store.prompts.registry import Registry, StoreSnapshot
 from prompt_store.prompts.unreadable import Unreadable, UnreadableVersion, readable
-from prompt_store.routes import DirectRoute
+from prompt_store.prompts.version import RemoteModelPayload
+from prompt_store.routing.routes import DirectRoute, TaskRoute
 from prompt_store.tables import route_revisions, task_revisions, version_tensors, versions
-from tests.prompt_store.building import ANNA, BASE, publish, task
+from tests.prompt_store.building import ANNA, BASE, calibration, publish, task
 
 NAMES = ("alpha", "beta", "gamma")
 
@@ -51,7 +52,8 @@ def change(registry: Registry, choose: random.Random, step: int) -> None:
     name = choose.choice(NAMES)
     known = registry.snapshot().tasks.get(name)
     spare = [] if known is None else [digest for digest in known.versions if digest not in known.aliases.values()]
-    what = choose.choice(("task", "publish", "publish", "alias", "route", "base", "delete"))
+    kinds = ("task", "publish", "publish", "alias", "route", "base", "delete", "calibrate", "remote", "shutdown")
+    what = choose.choice(kinds)
     if known is None or what == "task":
         registry.apply_task(task(name, description=f"edition {choose.randrange(4)}"), ANNA)
     elif what == "base":
@@ -62,7 +64,19 @@ def change(registry: Registry, choose: random.Random, step: int) -> None:
         target = choose.choice(list(known.versions))
         registry.move_alias(name, choose.choice(("production", "best")), target, reason="", principal=ANNA)
     elif what == "route":
-        registry.apply_route(name, DirectRoute(version=choose.choice(("production", "best"))), ANNA)
+        version = choose.choice([*known.aliases, *(f"v{number}" for number in known.numbers)])
+        deadline_s = choose.choice((None, 5.0))
+        registry.apply_route(name, TaskRoute(route=DirectRoute(version=version), deadline_s=deadline_s), ANNA)
+    elif what == "calibrate":
+        registry.calibrate(calibration(choose.choice(list(known.versions)), threshold=-choose.random()), ANNA)
+    elif what == "remote":
+        model = RemoteModelPayload(provider="openai", model=f"ft:acme::{step}")
+        publish(registry, task=name, payload_content=model, base_fingerprint=None)
+    elif what == "shutdown":
+        remote = [version for version in map(readable, known.versions.values()) if version.base_fingerprint is None]
+        for version in remote[:1]:
+            day = choose.choice((None, date(2031, 1, 2)))
+            registry.note_shutdown(name, version.digest, day, ANNA)
     elif spare:
         remove(registry, name, choose.choice(spare))
 
@@ -161,10 +175,10 @@ def test_a_revision_or_route_that_cannot_be_read_leaves_the_rest_readable(regist
     registry.apply_task(task("other"), ANNA)
     registry.apply_task(task(description="edited"), ANNA)
     version = publish(registry, task_revision=old.digest, alias="production").version
-    registry.apply_route("support_intents", DirectRoute(version="candidate"), ANNA)
+    registry.apply_route("support_intents", TaskRoute(deadline_s=3), ANNA)
     with registry.database.write() as connection:
         connection.execute(update(task_revisions).where(task_revisions.c.number == 2).values(document="{}"))
-        connection.execute(update(route_revisions).values(document='{"kind": "lottery"}'))
+        connection.execute(update(route_revisions).values(whole='{"route": {"kind": "lottery"}}'))
     snapshot = registry.snapshot()
     assert snapshot.tasks["other"].revision == registry.task("other")
     known = snapshot.tasks["support_intents"]

@@ -3,6 +3,7 @@
 make STORE                    a store with a base, tasks, versions of several kinds, aliases and a route
 work STORE FIRST COUNT        publishes and moves aliases; says "open" at first and each version that it published
 tell STORE                    everything in it, as JSON
+glance STORE                  what a service takes up of it: the kinds of its routes, by task
 """
 
 import hashlib
@@ -19,7 +20,11 @@ from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import parse_task
 from prompt_store.prompts.template import Message
 from prompt_store.prompts.version import EnsemblePayload, Provenance, SoftPromptPayload, TextPayload
-from prompt_store.routes import DirectRoute
+
+try:
+    from prompt_store.routes import DirectRoute
+except ModuleNotFoundError:  # where it stands since
+    from prompt_store.routing.routes import DirectRoute
 
 ANNA = Principal("anna")
 BASE = BaseDescription("a1" * 32, "demo-base", 16, 2, 64, 512, "LlamaForCausalLM")
@@ -76,6 +81,7 @@ def work(registry: Registry, first: int, count: int) -> None:
 def tell(registry: Registry) -> dict[str, Any]:
     """What both releases can say of a store."""
     versions = registry.versions("support_intents")
+    route = registry.route("support_intents")
     aliases = registry.aliases("support_intents")
     return {
         "signing_key": registry.database.signing_key().hex(),
@@ -105,9 +111,17 @@ def tell(registry: Registry) -> dict[str, Any]:
             for alias in aliases
             for move in registry.alias_history("support_intents", alias.name)
         ],
-        "route": registry.route("support_intents").model_dump(mode="json"),
+        # What is in force has limits beside the route since a later release.
+        "route": getattr(route, "route", route).model_dump(mode="json"),
         "changes": [[change.sequence, change.kind, change.subject] for change in registry.changes_since(0)],
     }
+
+
+def glance(registry: Registry) -> dict[str, str]:
+    snapshot = registry.snapshot()
+    # The oldest release has the routes beside the tasks.
+    routes = getattr(snapshot, "routes", None) or {name: task.route for name, task in snapshot.tasks.items()}
+    return {name: getattr(route, "route", route).kind for name, route in routes.items()}
 
 
 def main(what: str, store: str, *numbers: str) -> None:
@@ -118,7 +132,7 @@ def main(what: str, store: str, *numbers: str) -> None:
         elif what == "work":
             work(registry, *map(int, numbers))
         else:
-            print(json.dumps(tell(registry)))
+            print(json.dumps(glance(registry) if what == "glance" else tell(registry)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,17 @@ import pytest
 from prompt_store.database import Database
 from prompt_store.errors import Conflict, InvalidArtifact, SchemaMismatch, StoreUnavailable
 from prompt_store.prompts.registry import Registry
-from prompt_store.prompts.version import EnsemblePayload
-from prompt_store.routes import DirectRoute
+from prompt_store.prompts.version import EnsemblePayload, RemoteModelPayload
+from prompt_store.routing.routes import DirectRoute, TaskRoute, parse_task_route
+from prompt_store.routing.shadows import ShadowAnswer
 from prompt_store.upkeep.backup import back_up_store, restore_store
 from prompt_store.upkeep.verifying import verify
 from tests.postgresql import Server
-from tests.prompt_store.building import ANNA, BASE, prompt, publish, task
+from tests.prompt_store.building import ANNA, BASE, LOCAL, OPENAI, calibration, prompt, publish, task
 from tests.prompt_store.upkeep.damage import change, flip_tensor_byte
 
 TASK = "support_intents"
+DAY = date(2030, 1, 2)
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def registry(registry: Registry) -> Registry:
     payload = EnsemblePayload(members=tuple(digests[:2]), base_fingerprint=BASE.fingerprint)
     publish(registry, payload_content=payload, base_fingerprint=None, report={"accuracy": 0.5}, tags=("a",))
     registry.rollback_alias(TASK, "production", reason="worse", principal=ANNA)
-    registry.apply_route(TASK, DirectRoute(), ANNA)
+    registry.apply_route(TASK, TaskRoute(route=DirectRoute()), ANNA)
     return registry
 
 
@@ -142,6 +145,34 @@ def test_a_store_is_restored_whole_into_either_kind_of_database(registry: Regist
         assert copy.rollback_alias(TASK, "production", reason="", principal=ANNA).number == 1
 
 
+def test_what_routes_need_and_leave_behind_is_restored_on_either_database(
+    registry: Registry, file: Path, target: str
+) -> None:
+    model = RemoteModelPayload(provider="openai", model="ft:gpt:acme::1")
+    remote = publish(registry, payload_content=model, base_fingerprint=None, shutdown_date=date(2031, 1, 2)).version
+    registry.register_backends([OPENAI, LOCAL], ANNA)
+    registry.calibrate(calibration(remote.digest), ANNA)
+    legs = [{"kind": "direct", "version": "v1"}, {"kind": "direct", "version": "v5"}]
+    registry.apply_route(TASK, parse_task_route({"route": {"kind": "fallback", "routes": legs}, "deadline_s": 2}), ANNA)
+    registry.rollback_route(TASK, ANNA, reason="slow")
+    registry.add_spending([(DAY, TASK, "openai", 0.5), (DAY, TASK, "local", 0.1)])
+    said = ShadowAnswer(
+        "s1", "g1", TASK, datetime(2030, 1, 2, 3, tzinfo=UTC), remote.digest, "v5", "openai", "a", 1.5,
+        remote.digest, "v5", "local", None, "away", 2.5, None,
+    )  # fmt: skip
+    registry.add_shadow_answers([said])
+    file.parent.mkdir()
+    restore_store(back_up_store(registry.database, file).file, target)
+    with Database.open(target, create=False) as database:
+        copy = Registry(database)
+        assert list(verify(database)) == []
+        assert copy.snapshot() == registry.snapshot()
+        assert copy.version(TASK, "v5").shutdown_date == date(2031, 1, 2)
+        assert copy.route_history(TASK) == registry.route_history(TASK)
+        assert (copy.backends(), copy.calibrations(TASK)) == ([OPENAI, LOCAL], registry.calibrations(TASK))
+        assert (copy.spending(DAY), copy.shadow_answers(TASK)) == (registry.spending(DAY), [said])
+
+
 def test_whoever_follows_the_store_that_is_filled_notices(registry: Registry, backup: Path, target: str) -> None:
     with Database.open(target) as database:
         following = Registry(database)
@@ -216,6 +247,10 @@ def test_a_backup_of_an_older_schema_is_brought_up_to_date_on_the_way(
             ALTER TABLE bases DROP COLUMN kv_heads; ALTER TABLE bases DROP COLUMN head_size;
             ALTER TABLE versions DROP COLUMN recipe; ALTER TABLE versions DROP COLUMN author;
             ALTER TABLE alias_moves DROP COLUMN undoes; DROP TABLE idempotency_keys;
+            ALTER TABLE versions DROP COLUMN shutdown_date; ALTER TABLE route_revisions DROP COLUMN reason;
+            ALTER TABLE route_revisions DROP COLUMN whole;
+            ALTER TABLE route_revisions DROP COLUMN restores; DROP TABLE backends; DROP TABLE calibrations;
+            DROP TABLE spending; DROP TABLE shadow_answers;
             UPDATE alembic_version SET version_num = '0001'; DELETE FROM meta WHERE key = 'schema_oldest_reader';
             DELETE FROM alias_moves WHERE sequence = (SELECT max(sequence) FROM alias_moves);
             UPDATE aliases SET version = (SELECT digest FROM versions WHERE number = 3);

@@ -9,10 +9,10 @@ from sqlalchemy import event, func, insert, select
 from prompt_store.database import Database
 from prompt_store.prompts.registry import Registry
 from prompt_store.prompts.version import EnsemblePayload
-from prompt_store.routes import DirectRoute
+from prompt_store.routing.routes import DirectRoute, TaskRoute, parse_task_route
 from prompt_store.tables import audit, idempotency_keys, tensors
 from prompt_store.upkeep.collecting import Collection, UnnamedVersion
-from tests.prompt_store.building import ANNA, BASE, BORIS, prompt, publish, task
+from tests.prompt_store.building import ANNA, BASE, BORIS, LOCAL, calibration, prompt, publish, task
 
 TASK = "support_intents"
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -70,6 +70,7 @@ def test_versions_that_nothing_names_go_after_the_grace_period_and_the_plan_says
             UnnamedVersion(TASK, number, digest, "soft_prompt", size, START) for number, digest in enumerate(digests, 1)
         ),
         tensors=(),
+        calibrations=0,
         answers=0,
         size_bytes=2 * size,
         waiting=plan.waiting,
@@ -102,11 +103,28 @@ def test_nothing_that_is_named_is_ever_collected(registry: Registry, clock: Cloc
     members = EnsemblePayload(members=(digests[2], digests[3]), base_fingerprint=BASE.fingerprint)
     publish(registry, payload_content=members, base_fingerprint=None, alias="candidate")
     move(registry, "v1")
-    registry.apply_route(TASK, DirectRoute(version="v2"), ANNA)
+    registry.apply_route(TASK, TaskRoute(route=DirectRoute(version="v2")), ANNA)
     clock.pass_days(365)
     assert labels(collect(registry).versions) == ["v5"]
     assert [version.label for version in registry.versions(TASK)] == ["v6", "v4", "v3", "v2", "v1"]
     assert registry.soft_prompt(digests[2]) == prompt(2)
+
+
+def test_versions_in_fallbacks_and_cascades_stay_and_calibrations_go_with_the_rest(
+    registry: Registry, clock: Clock
+) -> None:
+    digests = [publish(registry, seed=seed).version.digest for seed in range(5)]
+    for digest in digests:
+        registry.calibrate(calibration(digest, "margin"), ANNA)
+    leaf = [{"kind": "direct", "version": f"v{number}"} for number in range(1, 6)]
+    cascade = {"kind": "cascade", "first": leaf[0], "second": leaf[1], "measure": "margin"}
+    route = parse_task_route({"kind": "fallback", "routes": [cascade, leaf[2]]})
+    registry.apply_route(TASK, route, ANNA, backends=[LOCAL])
+    clock.pass_days(31)
+    plan = registry.plan_collection(GRACE)
+    assert (labels(plan.versions), plan.calibrations) == (["v4", "v5"], 2)
+    assert collect(registry) == plan
+    assert [entry.version for entry in registry.calibrations(TASK)] == digests[:3]
 
 
 def test_what_a_rollback_would_return_to_is_kept_and_what_lies_before_it_is_not(

@@ -6,11 +6,11 @@ from sqlalchemy import select
 from prompt_store.database import Database
 from prompt_store.prompts.registry import Registry
 from prompt_store.prompts.version import EnsemblePayload
-from prompt_store.routes import DirectRoute
+from prompt_store.routing.routes import DirectRoute, TaskRoute
 from prompt_store.sqlite import SqliteStorage
 from prompt_store.tables import changes, versions
 from prompt_store.upkeep.verifying import Checked, Problem, verify
-from tests.prompt_store.building import ANNA, BASE, prompt, publish, task
+from tests.prompt_store.building import ANNA, BASE, LOCAL, calibration, prompt, publish, task
 from tests.prompt_store.upkeep.damage import change, flip_file_byte, flip_tensor_byte
 
 TASK = "support_intents"
@@ -24,7 +24,7 @@ def registry(registry: Registry) -> Registry:
     publish(registry, payload_content=payload, base_fingerprint=None, alias="candidate")
     registry.rollback_alias(TASK, "production", reason="", principal=ANNA)
     registry.remove_alias(TASK, "candidate", reason="", principal=ANNA)
-    registry.apply_route(TASK, DirectRoute(version="v1"), ANNA)
+    registry.apply_route(TASK, TaskRoute(route=DirectRoute(version="v1")), ANNA)
     registry.apply_task(task(labels=["refund", "delivery", "other"]), ANNA)
     publish(registry, seed=0)
     publish(registry, seed=7)
@@ -240,6 +240,22 @@ def test_routes_are_read_and_what_they_name_is_looked_for(registry: Registry) ->
     assert (only(registry).kind, only(registry).message) == ("missing", "it names v6, which is not there")
     change(registry.database, "UPDATE route_revisions SET document = replace(document, 'direct', 'bandit')")
     assert (only(registry).kind, only(registry).where) == ("unreadable", f"route 1 of task '{TASK}'")
+
+
+def test_calibrations_and_backends_are_read_and_held_against_their_rows(registry: Registry) -> None:
+    registry.calibrate(calibration(_digest_of(registry, 1)), ANNA)
+    registry.register_backends([LOCAL], ANNA)
+    assert problems(registry) == []
+    change(registry.database, "UPDATE calibrations SET measure = 'margin'")
+    found = only(registry)
+    assert (found.kind, found.where) == ("contradictory", f"calibration of {TASK}@v1 for margin")
+    change(registry.database, "UPDATE calibrations SET document = '{}'")
+    assert only(registry).kind == "damaged"
+    change(registry.database, "DELETE FROM calibrations")
+    change(registry.database, "UPDATE backends SET kind = 'other'")
+    assert (only(registry).kind, only(registry).where) == ("contradictory", "backend 'local'")
+    change(registry.database, "UPDATE backends SET document = '[]'")
+    assert only(registry).kind == "damaged"
 
 
 @pytest.mark.parametrize("location", ["sqlite"], indirect=True)

@@ -1,0 +1,1 @@
+"""Who answers a task: routes with their history, the backends they name, and what is known of their answers."""
