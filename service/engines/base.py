@@ -16,20 +16,29 @@ from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Message
 from service.engines.errors import InvalidRequest, UnsupportedFeature
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 64
 MAX_BIASED_TOKENS = 1024
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 _MANY = 2**31
+UNBOUNDED = _MANY - 1
+"""`max_tokens` of an answer as long as the backend lets it be: a remote engine leaves the parameter out."""
+HARMLESS_OPTIONS = frozenset({"service_tier", "prompt_cache_key", "prompt_cache_retention"})
+"""Provider options that change nothing of an answer: a backend without such options may leave them aside."""
 
 
 @dataclass(frozen=True, slots=True)
 class Messages:
-    """A conversation; the base model's chat template lays it out."""
+    """A conversation; the base model's chat template lays it out.
+
+    `wire` is the same conversation in OpenAI's form, as it came, where it holds more than roles and texts (tool calls
+    and their results, names, images); only engines with the feature `rich_messages` take it.
+    """
 
     messages: tuple[Message, ...]
+    wire: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +159,8 @@ class GenerationRequest:
     `logprobs` and `prompt_logprobs` say how many alternatives come with each token's log-probability; None wants none.
     `stream` says whether text is wanted as it is made; otherwise an engine may bring all of it at the end. `task` is
     whom it counts for when tasks share an engine fairly. `deadline_s` is the time it may take, from now on.
+    `remote_model` is the model as the provider knows it. `tools`, `tool_choice`, `parallel_tool_calls` and
+    `provider_options` (other parameters, by the provider's own names) are passed on as they came.
     """
 
     id: str
@@ -164,6 +175,9 @@ class GenerationRequest:
     echo: bool = False
     response_format: ResponseFormat = ResponseFormat()
     tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: str | Mapping[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    provider_options: Mapping[str, Any] = field(default_factory=dict)
     deadline_s: float | None = None
     stream: bool = True
     task: str = ""
@@ -191,6 +205,7 @@ class ScoreRequest:
     prompt: Prompt
     continuations: tuple[str, ...]
     soft_prompt: SoftPromptReference | None = None
+    remote_model: str | None = None
     principal: Principal = ANONYMOUS
     deadline_s: float | None = None
     task: str = ""
@@ -198,20 +213,30 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """`log_probabilities[i]` is the natural logarithm of continuation i's probability, of `lengths[i]` tokens."""
+    """`log_probabilities[i]` is the natural logarithm of continuation i's probability, of `lengths[i]` tokens.
+
+    With `choice_only` an engine knows which continuation was chosen and no probabilities: it has 0.0 for that one, and
+    -inf for the others. `provider_request_id` as in Finish.
+    """
 
     log_probabilities: tuple[float, ...]
     usage: Usage
     lengths: tuple[int, ...] = ()
+    choice_only: bool = False
+    provider_request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one generation; virtual tokens stand beside `prompt_tokens`, not in it."""
+    """Tokens of one generation; virtual tokens stand beside `prompt_tokens`, not in it.
+
+    `cached_prompt_tokens` of the prompt's were read from a provider's cache, which it may bill at another price.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     virtual_tokens: int = 0
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,30 +269,45 @@ class Prompted:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallPiece:
+    """More of the tool call at place `index` of an answer. `id` and `name` come with its first piece alone."""
+
+    index: int
+    arguments: str = ""
+    id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """More of choice `index`. `text` may be empty while a character is incomplete.
 
     `finish_reason` is set on the last delta of each choice. So is `agreement` where an ensemble answers: the share of
-    its members that gave this answer.
+    its members that gave this answer. A remote engine has no `token_ids`; it may bring `tool_calls`, and a `refusal`
+    in place of text.
     """
 
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
     index: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     agreement: float | None = None
+    tool_calls: tuple[ToolCallPiece, ...] = ()
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
     """The end of a generation, after the last delta of every choice; nothing follows it.
 
-    `reason` is that of the first choice; usage counts all of them.
+    `reason` is that of the first choice; usage counts all of them. `provider_request_id` is the name that a provider
+    gave the request, for its support.
     """
 
     reason: FinishReason
     usage: Usage
+    provider_request_id: str = ""
 
 
 GenerationEvent = Prompted | Delta | Finish
@@ -275,9 +315,11 @@ GenerationEvent = Prompted | Delta | Finish
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an engine serves: payload kinds of PromptVersion, and feature names as `required_features` gives them.
+    """What an engine serves: payload kinds of PromptVersion, and feature names.
 
-    `run_as` says how the base model's weights are run, such as "int8 on cpu".
+    Features are those that `required_features` gives, and `scores` (it answers ScoreRequests) and `follow_up` (it takes
+    a conversation with its own answer in it, so that a wrong answer can be corrected). `context_length` is 0 where it
+    is not known. `run_as` says how the base model's weights are run, such as "int8 on cpu".
     """
 
     payload_kinds: frozenset[str]
@@ -288,7 +330,11 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A moment of an engine's life. `kv_bytes` is all KV in use, `prompt_bytes` that of soft prompts among it."""
+    """A moment of an engine's life. `kv_bytes` is all KV in use, `prompt_bytes` that of soft prompts among it.
+
+    `breaker`, `retries` and `failures` (attempts that failed) are those of an engine behind a provider, `replicas` how
+    many addresses it has and `replicas_healthy` how many of them take requests.
+    """
 
     ready: bool = False
     waiting: int = 0
@@ -301,6 +347,11 @@ class EngineStats:
     tokens_generated: int = 0
     preemptions: int = 0
     restarts: int = 0
+    breaker: Literal["closed", "open", "half_open"] = "closed"
+    retries: int = 0
+    failures: int = 0
+    replicas: int = 1
+    replicas_healthy: int = 1
 
 
 class Engine(Protocol):
@@ -342,6 +393,8 @@ def text_size(prompt: Prompt) -> int:
 def required_features(request: GenerationRequest) -> dict[str, str]:
     """The features a request needs beyond plain generation, each with the request's field that asks for it."""
     sampling = request.sampling
+    rich = _first_rich_message(request.prompt)
+    option = next((name for name in request.provider_options if name not in HARMLESS_OPTIONS), "")
     asked = {
         "n": (request.n != 1, "n"),
         "logprobs": (request.logprobs is not None, "logprobs"),
@@ -349,6 +402,8 @@ def required_features(request: GenerationRequest) -> dict[str, str]:
         "echo": (request.echo, "echo"),
         "structured_output": (request.response_format.kind != "text", "response_format"),
         "tools": (bool(request.tools), "tools"),
+        "rich_messages": (bool(rich), rich),
+        "provider_options": (bool(option), option),
         "remote_model": (request.remote_model is not None, "model"),
         "deadline": (request.deadline_s is not None, "deadline_s"),
         "min_p": (sampling.min_p != 0.0, "min_p"),
@@ -375,8 +430,26 @@ _INSTEAD = {
     "tools": (
         "it answers in text and calls no tools, only remote backends can pass them on. Leave tools out, or ask for "
         "JSON with response_format and call them yourself"
-    )
+    ),
+    "rich_messages": (
+        "it takes roles and texts alone, only remote backends can pass on names, tool calls, images and audio. Leave "
+        "them out"
+    ),
 }
+
+
+def holds_only_text(message: Mapping[str, Any]) -> bool:
+    """Whether a message in OpenAI's form says no more than a role and texts."""
+    if message.keys() != {"role", "content"} or message["role"] == "tool":
+        return False
+    content = message["content"]
+    return isinstance(content, str) or all(part["type"] == "text" for part in content)
+
+
+def _first_rich_message(prompt: Prompt) -> str:
+    """`messages[i]` of the first message that holds more than text; empty where there is none."""
+    wire = prompt.wire if isinstance(prompt, Messages) else ()
+    return next((f"messages[{index}]" for index, message in enumerate(wire) if not holds_only_text(message)), "")
 
 
 def _counts_alternatives(count: int | None) -> bool:

@@ -26,8 +26,7 @@ from prompt_store.prompts.task import Message
 from prompt_store.prompts.version import BaseDescription
 from service.engines.base import Messages, Prompt, RawText, Sampling
 from service.engines.errors import BaseModelError, InvalidRequest, PromptTooLong
-
-_HEADER_LIMIT_BYTES = 100_000_000
+from service.engines.weights_file import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -262,31 +261,18 @@ def fingerprint(folder: Path, chat_template: str | None, cache_folder: Path | No
 def _weights_digest(files: Sequence[Path]) -> str:
     tensors: dict[str, str] = {}
     for file in files:
-        if file.stat().st_size < 8:
-            raise BaseModelError(f"{file} is truncated; fetch the base model again")
-        with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            header_size = int.from_bytes(content[:8], "little")
-            if header_size > min(_HEADER_LIMIT_BYTES, len(content) - 8):
-                raise BaseModelError(f"{file} is not a safetensors file; fetch the base model again")
-            try:
-                header = json.loads(content[8 : 8 + header_size])
-            except ValueError as error:
-                raise BaseModelError(f"{file} has a damaged header; fetch the base model again") from error
-            start = 8 + header_size
-            view = memoryview(content)
-            try:
-                for tensor, entry in header.items():
-                    if tensor == "__metadata__":
-                        continue
-                    begin, end = entry["data_offsets"]
-                    digest = hashlib.sha256(canonical_json({"dtype": entry["dtype"], "shape": entry["shape"]}))
-                    with view[start + begin : start + end] as data:
-                        if len(data) != end - begin:
-                            raise BaseModelError(f"{file} is truncated at '{tensor}'; fetch the base model again")
-                        digest.update(data)
-                    tensors[tensor] = digest.hexdigest()
-            finally:
-                view.release()
+        stored = stored_tensors(file)
+        with (
+            file.open("rb") as handle,
+            mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            memoryview(content) as view,
+        ):
+            for tensor in stored:
+                form = {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+                digest = hashlib.sha256(canonical_json(form))
+                with view[tensor.begin : tensor.end] as data:
+                    digest.update(data)
+                tensors[tensor.name] = digest.hexdigest()
     return hashlib.sha256(canonical_json(tensors)).hexdigest()
 
 

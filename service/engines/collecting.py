@@ -15,6 +15,7 @@ from service.engines.base import (
     GenerationEvent,
     Prompted,
     TokenLogprob,
+    ToolCallPiece,
     Usage,
 )
 
@@ -23,13 +24,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One choice, whole. `agreement` as in Delta."""
+    """One choice, whole, each of its tool calls in one piece. `agreement` and `refusal` as in Delta."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason
     agreement: float | None = None
+    tool_calls: tuple[ToolCallPiece, ...] = ()
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class Answers:
     answers: tuple[Answer, ...]
     usage: Usage
     prompted: Prompted | None = None
+    provider_request_id: str = ""
 
 
 @dataclass(slots=True)
@@ -48,6 +52,8 @@ class _Pieces:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     agreement: float | None = None
+    tool_calls: dict[int, ToolCallPiece] = field(default_factory=dict)
+    refusals: list[str] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
@@ -55,6 +61,11 @@ class _Pieces:
         self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.agreement = delta.agreement if delta.agreement is not None else self.agreement
+        if delta.refusal:
+            self.refusals.append(delta.refusal)
+        for piece in delta.tool_calls:
+            before = self.tool_calls.get(piece.index)
+            self.tool_calls[piece.index] = piece if before is None else _joined(before, piece)
 
     def whole(self, reason: FinishReason) -> Answer:
         return Answer(
@@ -63,7 +74,15 @@ class _Pieces:
             tuple(self.logprobs),
             self.finish_reason or reason,
             self.agreement,
+            tuple(self.tool_calls[place] for place in sorted(self.tool_calls)),
+            "".join(self.refusals),
         )
+
+
+def _joined(before: ToolCallPiece, more: ToolCallPiece) -> ToolCallPiece:
+    return ToolCallPiece(
+        before.index, before.arguments + more.arguments, before.id or more.id, before.name or more.name
+    )
 
 
 def assemble(events: Iterable[GenerationEvent], n: int = 1) -> Answers:
@@ -76,8 +95,8 @@ def assemble(events: Iterable[GenerationEvent], n: int = 1) -> Answers:
                 prompted = event
             case Delta():
                 choices[event.index].add(event)
-            case Finish(reason, usage):
-                return Answers(tuple(choice.whole(reason) for choice in choices), usage, prompted)
+            case Finish(reason, usage, request_id):
+                return Answers(tuple(choice.whole(reason) for choice in choices), usage, prompted, request_id)
     raise AssertionError("an engine ended a generation without a Finish")
 
 
@@ -89,7 +108,10 @@ async def collect(events: AsyncIterator[GenerationEvent], n: int = 1) -> Answers
 
 async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Every result in order. The first error is raised as it is, once the others have been cancelled and have ended."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    coroutines = list(work)
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -100,9 +122,10 @@ async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 def total(usages: Iterable[Usage]) -> Usage:
     """What several requests took together."""
-    prompt_tokens, completion_tokens, virtual_tokens = 0, 0, 0
+    prompt_tokens, completion_tokens, virtual_tokens, cached_prompt_tokens = 0, 0, 0, 0
     for usage in usages:
         prompt_tokens += usage.prompt_tokens
         completion_tokens += usage.completion_tokens
         virtual_tokens += usage.virtual_tokens
-    return Usage(prompt_tokens, completion_tokens, virtual_tokens)
+        cached_prompt_tokens += usage.cached_prompt_tokens
+    return Usage(prompt_tokens, completion_tokens, virtual_tokens, cached_prompt_tokens)

@@ -63,6 +63,8 @@ async def generate(
         logprobs=logprobs,
         finish_reason=chosen.finish_reason,
         agreement=agreement,
+        tool_calls=chosen.tool_calls,
+        refusal=chosen.refusal,
     )
     yield Finish(chosen.finish_reason, total(member.usage for member in given))
 

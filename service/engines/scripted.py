@@ -48,6 +48,7 @@ FEATURES = frozenset(
         "presence_penalty",
         "repetition_penalty",
         "logit_bias",
+        "scores",
     }
 )
 
@@ -89,6 +90,7 @@ class ScriptedEngine:
     scores: ScoreScript = shared_letters
     context_length: int = 1024
     features: frozenset[str] = FEATURES
+    payload_kinds: frozenset[str] = frozenset({"soft_prompt", "prefix", "text"})
     running: set[str] = field(default_factory=set)
     warmed: set[str] = field(default_factory=set)
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -166,7 +168,7 @@ class ScriptedEngine:
         return EngineStats(ready=self._started, running=len(self.running), prompts=len(self.warmed))
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(frozenset({"soft_prompt", "prefix", "text"}), self.features, self.context_length)
+        return Capabilities(self.payload_kinds, self.features, self.context_length)
 
 
 async def _wait(event: asyncio.Event, ends_at: float | None) -> None:

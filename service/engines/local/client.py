@@ -23,13 +23,11 @@ from service.engines.base import (
     FinishReason,
     GenerationEvent,
     GenerationRequest,
-    Prompt,
     ScoreRequest,
     Scores,
     SoftPromptReference,
     Usage,
     check_supported,
-    text_size,
 )
 from service.engines.base_model import BaseModel
 from service.engines.errors import (
@@ -40,8 +38,8 @@ from service.engines.errors import (
     GenerationFailed,
     InvalidRequest,
     QueueFull,
-    WrongBase,
 )
+from service.engines.layout import check_base, lay_out
 from service.engines.local.grammar import check_grammar
 from service.engines.local.known_prompts import KnownPrompts
 from service.engines.local.messages import (
@@ -72,12 +70,12 @@ _NO_STATS = Stats()
 _LONGEST_PAUSE_S = 10.0
 _STEADY_AFTER_S = 60.0
 _STOP_TIMEOUT_S = 5.0
-_LONG_TEXT = 20_000
 
 _FEATURES = frozenset(
     {
         "n", "logprobs", "prompt_logprobs", "echo", "structured_output", "deadline", "min_p", "min_tokens",
         "ignore_eos", "stop_token_ids", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias",
+        "scores",
     }
 )  # fmt: skip
 _FAILURES: dict[str, Callable[[str], EngineError]] = {
@@ -148,7 +146,7 @@ class LocalEngine:
         """Deltas, then one Finish. See `Engine`; raises any of the EngineError tree."""
         check_supported(request, self.capabilities())
         asked_s = time.monotonic()
-        token_ids = await self._lay_out(request.prompt, request.soft_prompt)
+        token_ids = await lay_out(self.base, request.prompt, request.soft_prompt)
         command = self._translation.submit(request, token_ids)
         if command.grammar is not None:  # a hostile one takes a third of a second to be refused
             await asyncio.to_thread(check_grammar, command.grammar)
@@ -187,7 +185,7 @@ class LocalEngine:
         if not request.continuations:
             raise InvalidRequest("there is nothing to score; name at least one continuation", parameter="continuations")
         asked_s = time.monotonic()
-        token_ids = await self._lay_out(request.prompt, request.soft_prompt)
+        token_ids = await lay_out(self.base, request.prompt, request.soft_prompt)
         virtual_tokens = request.soft_prompt.length if request.soft_prompt else 0
         continuations = [self.base.continuation(text) for text in request.continuations]
         self.base.check_length(len(token_ids) + max(map(len, continuations)) - 1, virtual_tokens)
@@ -207,7 +205,7 @@ class LocalEngine:
 
     async def warm(self, soft_prompt: SoftPromptReference) -> None:
         """Compute a soft prompt's KV now and keep it until `release`, over restarts too."""
-        self._check_base(soft_prompt)
+        check_base(self.base, soft_prompt)
         await self._wait_ready()
         await self._prompts.pin(soft_prompt)
 
@@ -226,24 +224,6 @@ class LocalEngine:
             context_length=self.base.context_length,
             run_as=self._run_as,
         )
-
-    async def _lay_out(self, prompt: Prompt, soft_prompt: SoftPromptReference | None) -> list[int]:
-        if text_size(prompt) > _LONG_TEXT:  # the tokenizer lets other threads run meanwhile
-            token_ids = await asyncio.to_thread(self.base.lay_out, prompt)
-        else:
-            token_ids = self.base.lay_out(prompt)
-        if soft_prompt is not None:
-            self._check_base(soft_prompt)
-        self.base.check_length(len(token_ids), soft_prompt.length if soft_prompt else 0)
-        return token_ids
-
-    def _check_base(self, soft_prompt: SoftPromptReference) -> None:
-        if soft_prompt.base_fingerprint != self.base.fingerprint:
-            raise WrongBase(
-                f"soft prompt {soft_prompt.digest[:12]} was tuned on base {soft_prompt.base_fingerprint[:12]} but this "
-                f"service runs '{self.base.name}' ({self.base.fingerprint[:12]}); retrain it on this base",
-                parameter="model",
-            )
 
     async def _admit(
         self, request_id: str, soft_prompt: SoftPromptReference | None, left_s: float | None

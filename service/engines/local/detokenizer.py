@@ -11,7 +11,7 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-from service.engines.local.token_text import Pieces, byte_fallback_ids, decoder_types, special_token_ids
+from service.engines.token_text import Pieces, byte_fallback_ids, decoder_types, special_token_ids
 
 _REPLACEMENT = "\ufffd"
 _WINDOW_TOKENS = 4

@@ -9,7 +9,7 @@ from functools import lru_cache
 from service.engines.base import GenerationRequest, Prompted, ResponseFormat, TokenLogprob
 from service.engines.base_model import BaseModel
 from service.engines.local.messages import Choosing, Grammar, Logprob, PromptScored, Submit
-from service.engines.local.token_text import token_text
+from service.engines.token_text import token_text
 
 _CACHED_TEXTS = 1 << 16
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from service.engines.base_model import BaseModel
 from service.engines.local.detokenizer import Detokenizer, TextDecoder
-from service.engines.local.token_text import token_text
+from service.engines.token_text import token_text
 from tests.conftest import BASE_FOLDER, ROOT
 
 TOKENIZER = Tokenizer.from_file(str(BASE_FOLDER / "tokenizer.json"))
@@ -181,6 +181,6 @@ def test_tokens_are_shown_as_within_a_text() -> None:
 
 
 def test_showing_tokens_needs_no_torch() -> None:
-    code = "import sys, service.engines.local.token_text; print('torch' in sys.modules)"
+    code = "import sys, service.engines.token_text; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "False"

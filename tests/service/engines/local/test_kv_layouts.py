@@ -16,7 +16,9 @@ def paged(dim: int, page: int) -> KVCache:
     return PagedCache(KVShape(2, 3, dim, torch.float32, CPU, layout="pages", block_tokens=page), 6)
 
 
-@pytest.mark.parametrize("cache", [turned(8), turned(32), paged(8, 4), paged(32, 16)], ids=str)
+@pytest.mark.parametrize(
+    "cache", [turned(8), turned(32), paged(8, 4), paged(32, 16)], ids=["turned-8", "turned-32", "paged-8", "paged-32"]
+)
 def test_what_is_written_is_read_at_its_place_in_either_layout(cache: KVCache) -> None:
     size, positions = cache.shape.block_tokens, torch.arange(2 * cache.shape.block_tokens + 3)
     table = torch.tensor([[4, 1, 2], [0, 3, 5]])
@@ -29,7 +31,7 @@ def test_what_is_written_is_read_at_its_place_in_either_layout(cache: KVCache) -
     assert not cache.keys[0].any()
 
 
-@pytest.mark.parametrize("cache", [turned(8), paged(8, 4)], ids=str)
+@pytest.mark.parametrize("cache", [turned(8), paged(8, 4)], ids=["turned", "paged"])
 def test_copied_blocks_hold_what_their_sources_hold_in_every_layer(cache: KVCache) -> None:
     for tensor in (cache.keys, cache.values):
         tensor.copy_(torch.randn_like(tensor))
