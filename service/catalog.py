@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from typing import TypeVar
@@ -18,7 +18,7 @@ from typing import TypeVar
 from prompt_store.database import Database
 from prompt_store.errors import (
     DamagedArtifact,
-    NotYetSupported,
+    InvalidName,
     SchemaMismatch,
     StoreError,
     StoreUnavailable,
@@ -38,11 +38,12 @@ from prompt_store.names import (
 from prompt_store.prompts.registry import ChangeWatcher, Evidence, Registry, StoreSnapshot, TaskRevision, TaskSnapshot
 from prompt_store.prompts.unreadable import Unreadable, readable
 from prompt_store.prompts.version import Payload, PrefixPayload, PromptVersion, SoftPromptPayload
-from prompt_store.routes import DEFAULT_BACKEND, DirectRoute, Route
+from prompt_store.routing.routes import DirectRoute, Route, TaskRoute, leaves, route_selectors
 from service.damage import Damage
-from service.engines.base import Engine, SoftPromptReference
+from service.engines.base import SoftPromptReference
 from service.engines.errors import EngineError, EngineUnavailable
-from service.routing.errors import NotServed
+from service.routing.backends import Backends
+from service.routing.plan import Plan, Target
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +51,6 @@ T = TypeVar("T")
 
 _CACHED_NAMES = 4096
 _LONGEST_WAIT_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a model name stands for: a version of a task on a backend, or the bare base model (`task` is None)."""
-
-    backend: str
-    task: TaskRevision | None = None
-    version: PromptVersion | None = None
-
-    @property
-    def label(self) -> str:
-        """`task@v7`, or empty for the bare base."""
-        return f"{self.version.task}@{self.version.label}" if self.version is not None else ""
 
 
 class Catalog:
@@ -76,7 +63,7 @@ class Catalog:
         self,
         database: Database,
         registry: Registry,
-        engine: Engine,
+        backends: Backends,
         *,
         base_name: str,
         base_fingerprint: str,
@@ -89,7 +76,12 @@ class Catalog:
         self._registry = registry
         self._watcher = ChangeWatcher(database, poll_s)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softcue-catalog")
-        self._engine = engine
+        self.backends = backends
+        self._warming = [
+            backend.engine
+            for backend in backends.values()
+            if backend.engine.capabilities().payload_kinds & {"soft_prompt", "prefix"}
+        ]
         self.base_name = base_name
         self._base_fingerprint = base_fingerprint
         self._poll_s = poll_s
@@ -180,7 +172,8 @@ class Catalog:
         self.damage.use(instead)
         self._on_refresh(snapshot.sequence)
         for digest in self._warmed - self._wanted.keys():
-            await self._engine.release(digest)
+            for engine in self._warming:
+                await engine.release(digest)
         self._warmed &= self._wanted.keys()
 
     async def _warm_next(self) -> float:
@@ -190,7 +183,7 @@ class Catalog:
         return 0.0 if self._cold or self.damage.noticed else _LONGEST_WAIT_S
 
     def _pointed_at(self, snapshot: StoreSnapshot) -> dict[str, PromptVersion]:
-        return self._to_warm((task, digest) for task in snapshot.tasks.values() for digest in task.aliases.values())
+        return self._to_warm((task, digest) for task in snapshot.tasks.values() for digest in _named_by(task))
 
     def _to_warm(self, pointed_at: Iterable[tuple[TaskSnapshot, str]]) -> dict[str, PromptVersion]:
         """Of versions by task and digest, those that this base serves with a tensor, themselves or in an ensemble.
@@ -218,10 +211,11 @@ class Catalog:
         for digest in digests:
             version = self._cold[digest]
             if not self.damage.knows(version):
-                if not self._engine.stats().ready:
+                if not all(engine.stats().ready for engine in self._warming):
                     return False
                 try:
-                    await self._engine.warm(self.reference(version))
+                    for engine in self._warming:
+                        await engine.warm(self.reference(version))
                 except (EngineUnavailable, StoreUnavailable):
                     return False
                 except DamagedArtifact:
@@ -234,12 +228,12 @@ class Catalog:
             del self._cold[digest]
         return True
 
-    def references(self, version: PromptVersion) -> tuple[SoftPromptReference, ...]:
+    def references(self, task: TaskSnapshot, version: PromptVersion) -> tuple[SoftPromptReference, ...]:
         """The soft prompts or prefixes that answer for a version: its own, or its members' where it is an ensemble.
 
         Raises SchemaMismatch for an ensemble with a member that cannot be read.
         """
-        return tuple(self.reference(member) for member in self.snapshot.tasks[version.task].members(version))
+        return tuple(self.reference(member) for member in task.members(version))
 
     def reference(self, version: PromptVersion) -> SoftPromptReference:
         """How an engine comes to a version's soft prompt or prefix. The version's payload must be one."""
@@ -264,48 +258,74 @@ class Catalog:
             raise UnknownTask(name, self.snapshot.tasks, remedy="GET /v1/models lists what is served")
         return task
 
-    def resolve(self, model: str) -> Target:
-        """What a request's `model` names: the base, `task`, `task@alias`, `task@v7`, `task@<digest>`.
+    def resolve(self, model: str) -> Plan:
+        """What a request's `model` names: the base, `task`, `task@alias`, `task@v7`, `task@<digest>`, `ft:<id>`.
 
         Raises NotFound (naming the nearest), NotServed, InvalidName for text outside the grammar, SchemaMismatch for
-        what this release cannot read, DamagedArtifact or NotYetSupported.
+        what this release cannot read, or DamagedArtifact.
         """
-        if model == self.base_name:
-            return Target(DEFAULT_BACKEND)
-        name, selector = _parse_model(model)
-        return self._resolve(name, selector)
+        if self.base_name and model == self.base_name:
+            return Plan(Target(self.backends.of_base()))
+        name = _parse_model(model)
+        if isinstance(name, RemoteModel):
+            return Plan(Target(self.backends.of_model(name.id), remote_model=name.id))
+        return self.resolve_task(name.task, name.selector)
 
-    def resolve_task(self, task: str, selector: str | None) -> Target:
-        """The version of a task that a selector names; without one, the version that the task's route names."""
-        return self._resolve(task, _parse_selector(selector) if selector is not None else None)
-
-    def _resolve(self, name: str, selector: Selector | None) -> Target:
-        task = self.task(name)
-        route = task.route
-        if not isinstance(route, DirectRoute):
+    def resolve_task(self, task: str, selector: str | None) -> Plan:
+        """The version of a task that a selector names; without one, what the task's route says."""
+        found = self.task(task)
+        known = found.route
+        if isinstance(known, Unreadable):
             if selector is None:
-                raise _not_routed(route)
-            # A version that is asked for is served whatever became of the route.
-            route = DirectRoute()
-        if selector is None:
-            selector = _parse_selector(route.version)
-        found = task.find(selector)
+                raise SchemaMismatch(known.reason)
+            known = TaskRoute()  # a version that is asked for is served whatever became of the route
+        route, target = known.route, None
+        if selector is not None:
+            target = self._named(found, route, selector)
+        elif isinstance(route, DirectRoute):
+            target = self.target(found, route)
+        return Plan(target, found, route, known.deadline_s, known.daily_cost_ceiling)
+
+    def target(self, task: TaskSnapshot, leaf: DirectRoute) -> Target:
+        """Who answers for a leaf of the task's route. Raises as `resolve`."""
+        return self._target(task, leaf.backend, leaf.version)
+
+    def _target(self, task: TaskSnapshot, backend: str | None, selector: str) -> Target:
+        version = self._version(task, selector)
+        return Target(backend or self.backends.serving(version.payload), self._revision(task, version), version)
+
+    def _named(self, task: TaskSnapshot, route: Route, selector: str) -> Target:
+        """Who answers for a version that is asked for: the backend that the route has for it, where it has one."""
+        version = self._version(task, selector)
+        at = [leaf.backend for _, leaf in leaves(route) if task.find(_parse_selector(leaf.version)) is version]
+        preferred = at[0] if at else route.backend if isinstance(route, DirectRoute) else None
+        backend = self.backends.serving(version.payload, preferred)
+        return Target(backend, self._revision(task, version), version)
+
+    def _version(self, task: TaskSnapshot, selector: str) -> PromptVersion:
+        parsed = _parse_selector(selector)
+        found = task.find(parsed)
         if found is None:
-            raise _unknown(task, selector)
-        version = self.damage.answering(readable(found), task, selector)
-        return Target(route.backend, readable(task.revisions[version.task_revision]), version)
+            raise _unknown(task, parsed)
+        return self.damage.answering(readable(found), task, parsed)
+
+    def _revision(self, task: TaskSnapshot, version: PromptVersion) -> TaskRevision:
+        return readable(task.revisions[version.task_revision])
 
 
-@lru_cache(_CACHED_NAMES)
-def _parse_model(text: str) -> tuple[str, Selector | None]:
-    """Raises InvalidName, or NotServed for a model at a provider."""
-    name = parse_model_name(text)
-    if isinstance(name, RemoteModel):
-        raise NotServed(f"no backend here serves '{text}'; name a task: GET /v1/models lists them")
-    return name.task, parse_selector(name.selector) if name.selector is not None else None
-
-
+_parse_model = lru_cache(_CACHED_NAMES)(parse_model_name)
 _parse_selector = lru_cache(_CACHED_NAMES)(parse_selector)
+
+
+def _named_by(task: TaskSnapshot) -> Iterator[str]:
+    """The digests of what a task's aliases and its route point at."""
+    yield from task.aliases.values()
+    if not isinstance(task.route, Unreadable):
+        for selector in route_selectors(task.route.route):
+            with suppress(InvalidName):  # a digest that fits several by now, which whoever asks is told
+                found = task.find(_parse_selector(selector))
+                if found is not None:
+                    yield found.digest
 
 
 def _tensor(payload: Payload) -> str | None:
@@ -314,12 +334,6 @@ def _tensor(payload: Payload) -> str | None:
         case SoftPromptPayload(tensor_digest=digest) | PrefixPayload(tensors={"prefix": digest}):
             return digest
     return None
-
-
-def _not_routed(route: Route | Unreadable) -> StoreError:
-    if isinstance(route, Unreadable):
-        return SchemaMismatch(route.reason)
-    return NotYetSupported(f"the task's route is of kind '{route.kind}', which is not served yet; apply a direct route")
 
 
 def _unknown(task: TaskSnapshot, selector: Selector) -> UnknownVersion | UnknownAlias:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from service.routing.errors import UnknownGeneration
 
 _MAC_BYTES = 12
+_PREFIXES = ("chatcmpl-", "cmpl-", "resp_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,17 @@ def sign(tag: GenerationTag, key: bytes) -> str:
     return f"{_encode(body)}.{_encode(_mac(body, key))}"
 
 
+def plain_id(generation_id: str) -> str:
+    """An id without the prefix that OpenAI's endpoints put before it, such as `chatcmpl-`."""
+    return next(
+        (generation_id[len(prefix) :] for prefix in _PREFIXES if generation_id.startswith(prefix)), generation_id
+    )
+
+
 def verify(generation_id: str, key: bytes) -> GenerationTag:
-    """Read an id back, with or without an OpenAI prefix such as `chatcmpl-`. Raises UnknownGeneration."""
-    text = generation_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    """Read an id back, with or without a prefix. Raises UnknownGeneration."""
     try:
-        encoded, mac = text.split(".")
+        encoded, mac = plain_id(generation_id).split(".")
         body = _decode(encoded)
         if not hmac.compare_digest(_mac(body, key), _decode(mac)):
             raise ValueError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from service.engines.base import Engine
+from service.routing.run import Step
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -70,11 +71,62 @@ class Metrics:
         self.catalog_failures = Counter(
             "softcue_catalog_failures", "Reads of the store, or warm-ups, that failed", registry=self.registry
         )
+        self.route_steps = Counter(
+            "softcue_route_steps", "Leaves of routes that were asked, by how it came out",
+            ("task", "version", "backend", "outcome"), registry=self.registry,
+        )  # fmt: skip
+        self.cost = Counter(
+            "softcue_cost", "What answers cost, in the currency of the prices in the settings",
+            ("task", "version", "backend"), registry=self.registry,
+        )  # fmt: skip
+        self.shadow_answers = Counter(
+            "softcue_shadow_answers", "Answers of shadow routes, by whether they came, failed or were left out",
+            ("task", "outcome"), registry=self.registry,
+        )  # fmt: skip
+        self.shadow_agreement = Histogram(
+            "softcue_shadow_agreement", "How far a shadow's answer agrees with the one that was given",
+            ("task",), buckets=(0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0), registry=self.registry,
+        )  # fmt: skip
         self.registry.register(_EngineCollector(engines))
+
+    def count_step(self, task: str, step: Step) -> None:
+        """A leaf of a route was asked, and this is how it came out."""
+        target = step.target
+        version = target.version.label if target is not None and target.version is not None else ""
+        labels = (task, version, target.backend if target is not None else "")
+        self.route_steps.labels(*labels, step.outcome).inc()
+        if step.cost:
+            self.cost.labels(*labels).inc(step.cost)
+
+    def count_shadow(self, task: str, outcome: str, agreement: float | None) -> None:
+        """A shadow's answer came, failed or was left out."""
+        self.shadow_answers.labels(task, outcome).inc()
+        if agreement is not None:
+            self.shadow_agreement.labels(task).observe(agreement)
+
+    def watch_retirements(self, timestamps: Callable[[], Mapping[tuple[str, str, str], float]]) -> None:
+        """Show when models go away, by task, version and backend, as it is known when metrics are scraped."""
+        self.registry.register(_RetirementCollector(timestamps))
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
+
+
+class _RetirementCollector(Collector):
+    """The days on which routes lose a model."""
+
+    def __init__(self, timestamps: Callable[[], Mapping[tuple[str, str, str], float]]) -> None:
+        self._timestamps = timestamps
+
+    def collect(self) -> Iterator[Metric]:
+        gauge = GaugeMetricFamily(
+            "softcue_model_shutdown_timestamp_seconds", "When the model behind a version goes away, in Unix time",
+            labels=["task", "version", "backend"],
+        )  # fmt: skip
+        for labels, at in self._timestamps().items():
+            gauge.add_metric(labels, at)
+        yield gauge
 
 
 class _EngineCollector(Collector):
@@ -97,16 +149,26 @@ class _EngineCollector(Collector):
             ("kv_budget_bytes", "Bytes of KV that may be used"),
             ("prompts", "Soft prompts whose KV is in memory"),
             ("prompt_bytes", "Bytes of their KV"),
+            ("replicas", "Addresses of the backend"),
+            ("replicas_healthy", "Addresses that take requests"),
         )
         for field, text in gauges:
             gauge = GaugeMetricFamily(f"softcue_engine_{field}", text, labels=["backend"])
             for name, values in stats.items():
                 gauge.add_metric([name], float(getattr(values, field)))
             yield gauge
+        breaker = GaugeMetricFamily(
+            "softcue_engine_breaker_open", "Whether a provider is left alone: 1 open, 0.5 half open", labels=["backend"]
+        )
+        for name, values in stats.items():
+            breaker.add_metric([name], {"closed": 0.0, "half_open": 0.5, "open": 1.0}[values.breaker])
+        yield breaker
         counters = (
             ("tokens_generated", "Tokens made"),
             ("preemptions", "Times a request gave its KV back and waited again"),
             ("restarts", "Times the engine was lost"),
+            ("retries", "Requests that were sent to a provider again"),
+            ("failures", "Attempts at a provider that failed"),
         )
         for field, text in counters:
             counter = CounterMetricFamily(f"softcue_engine_{field}", text, labels=["backend"])

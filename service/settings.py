@@ -1,19 +1,23 @@
-"""Settings: one TOML file, and environment variables `SOFTCUE_SECTION_KEY` over it."""
+"""Settings: one TOML file, and environment variables `SOFTCUE_SECTION_KEY` over its flat sections."""
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import difflib
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel as Document
 from pydantic import ConfigDict, Field, ValidationError
 
 from prompt_store.prompts.soft_prompt import MAX_HEADER_BYTES, MAX_SOFT_PROMPT_BYTES
 from service.engines.local.options import EngineOptions, Precision, Quantization
+from service.engines.remote.backend_settings import BackendName, BackendSettings
 
 
 class SettingsError(Exception):
@@ -42,6 +46,7 @@ class StoreSettings(_Section):
 
     `backups` is the folder for copies made before its schema changes; see `Database.open`. With
     `fall_back_when_damaged`, an alias whose version is damaged is answered by its previous target instead of an error.
+    Answers of shadow routes are kept for `shadow_days`.
     """
 
     url: str = Field(".softcue/softcue.db", repr=False)  # it may hold a password
@@ -49,6 +54,7 @@ class StoreSettings(_Section):
     seed: Path | None = None
     backups: Path | None = None
     fall_back_when_damaged: bool = False
+    shadow_days: float = Field(30.0, gt=0)
 
 
 class BaseSettings(_Section):
@@ -59,8 +65,9 @@ class BaseSettings(_Section):
 
 
 class EngineSettings(_Section):
-    """How the local engine runs; see EngineOptions."""
+    """How the local engine runs; see EngineOptions. Not `enabled`, there is none and remote backends alone answer."""
 
+    enabled: bool = True
     device: str = "cpu"
     dtype: Precision = "auto"
     threads: int = Field(0, ge=0)
@@ -73,16 +80,19 @@ class EngineSettings(_Section):
     ready_timeout_s: float = Field(30.0, gt=0)
 
     def options(self) -> EngineOptions:
-        return EngineOptions(**self.model_dump(exclude={"max_waiting", "ready_timeout_s"}))
+        return EngineOptions(**self.model_dump(exclude={"enabled", "max_waiting", "ready_timeout_s"}))
 
 
 class Settings(_Section):
-    """All of it."""
+    """All of it. `backends` are `[backends.NAME]`, the remote ones; `retirements` are the dates on which providers take
+    models away, by the model's name or what it begins with."""
 
     server: ServerSettings = ServerSettings()
     store: StoreSettings = StoreSettings()
     base: BaseSettings = BaseSettings()
     engine: EngineSettings = EngineSettings()
+    backends: dict[BackendName, BackendSettings] = Field(default_factory=dict)
+    retirements: dict[str, datetime.date] = Field(default_factory=dict)
 
 
 def load_settings(
@@ -101,6 +111,9 @@ def load_settings(
             value = document.get(section, {}).get(key)
             if isinstance(value, str) and "://" not in value:
                 document[section][key] = str(file.parent / Path(value).expanduser())
+        for backend in document.get("backends", {}).values():
+            if isinstance(backend.get("ca_file"), str):
+                backend["ca_file"] = str(file.parent / Path(backend["ca_file"]).expanduser())
     environment = os.environ if environment is None else environment
     for section, model in _sections().items():
         prefix = f"SOFTCUE_{section}_".upper()
@@ -114,13 +127,28 @@ def load_settings(
     for section, values in (overrides or {}).items():
         document.setdefault(section, {}).update(values)
     try:
-        return Settings.model_validate(document)
+        settings = Settings.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        # The store's URL may hold a password.
-        given = f" (it is {first['input']!r})" if key != "store.url" else ""
-        raise SettingsError(f"setting {key}: {first['msg']}{given}") from error
+        raise SettingsError(_in_words(error)) from error
+    if not settings.engine.enabled and not settings.backends:
+        raise SettingsError(
+            "engine.enabled is false and there are no [backends], so nothing would answer; add a backend"
+        )
+    return settings
+
+
+def _in_words(error: ValidationError) -> str:
+    """The first thing that is wrong with settings."""
+    first = error.errors()[0]
+    place = list(first["loc"])
+    if place[0] == "backends":
+        del place[2:3]  # the kind of the table, which is no part of the key
+    key = ".".join(str(part) for part in place)
+    if first["type"].startswith("union_tag"):
+        return f"setting {key}.kind: is {first['ctx'].get('tag', 'missing')}; make it openai_compatible or vllm"
+    # The store's URL may hold a password, and a backend's table a key that was put where its variable belongs.
+    given = "" if key.startswith(("store.url", "backends")) else f" (it is {first['input']!r})"
+    return f"setting {key}: {first['msg'].removeprefix('Value error, ')}{given}"
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
@@ -130,19 +158,57 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
         raise SettingsError(f"settings file {file} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"settings file {file} is not TOML: {error}") from error
-    sections = _sections()
     for section, values in document.items():
-        if section not in sections or not isinstance(values, dict):
-            raise SettingsError(f"{file}: there is no section [{section}]{_nearest(section, sections)}")
-        for key in values:
-            if key not in sections[section].model_fields:
-                known = [f"{section}.{name}" for name in sections[section].model_fields]
-                raise SettingsError(f"{file}: there is no setting {section}.{key}{_nearest(f'{section}.{key}', known)}")
+        if section not in Settings.model_fields or not isinstance(values, dict):
+            raise SettingsError(f"{file}: there is no section [{section}]{_nearest(section, Settings.model_fields)}")
+    _refuse_unknown(file, "", document, Settings)
     return document
 
 
+def _refuse_unknown(file: Path, place: str, given: Any, annotation: Any) -> None:
+    """Raise SettingsError for the first key, in tables within tables too, that the annotated type does not know."""
+    if not isinstance(given, dict):
+        return  # of the wrong type, which is said when the settings are read
+    if get_origin(annotation) is dict:
+        for name, inner in given.items():
+            if not isinstance(inner, dict) and _tables(get_args(annotation)[1]):
+                raise SettingsError(f"{file}: {place}{name} is no table; give it one as [{place}{name}]")
+            _refuse_unknown(file, f"{place}{name}.", inner, get_args(annotation)[1])
+        return
+    tables = _tables(annotation)
+    if len(tables) > 1:  # of several kinds, the one that it says it is
+        tables = [table for table in tables if given.get("kind") in get_args(_known(table).get("kind"))]
+    for table in tables:
+        known = _known(table)
+        for key, inner in given.items():
+            if key not in known:
+                nearest = _nearest(place + key, [place + name for name in known])
+                raise SettingsError(f"{file}: there is no setting {place}{key}{nearest}")
+            _refuse_unknown(file, f"{place}{key}.", inner, known[key])
+
+
+def _tables(annotation: Any) -> list[type]:
+    """The models and dataclasses that a value of this annotation may be."""
+    if get_origin(annotation) is Annotated:
+        return _tables(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [table for one in get_args(annotation) for table in _tables(one)]
+    if not isinstance(annotation, type):
+        return []
+    return [annotation] if issubclass(annotation, Document) or dataclasses.is_dataclass(annotation) else []
+
+
+def _known(table: type) -> dict[str, Any]:
+    """The fields of a model or dataclass, and how they are annotated."""
+    if issubclass(table, Document):
+        return {name: field.annotation for name, field in table.model_fields.items()}
+    return get_type_hints(table)
+
+
 def _sections() -> dict[str, type[_Section]]:
-    return {name: type(getattr(Settings(), name)) for name in Settings.model_fields}
+    """The flat sections, which the environment can set."""
+    sections = ((name, field.annotation) for name, field in Settings.model_fields.items())
+    return {name: kind for name, kind in sections if isinstance(kind, type) and issubclass(kind, _Section)}
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -1,242 +1,233 @@
-"""Runs a request on the route of its task. Today every route is `direct`: one backend, one version.
+"""Takes a request through its route: one coroutine for each kind of node.
 
-A version that is an ensemble is asked as its members.
+What it means to ask a leaf is the `Work`'s business: a generation begins there, a classification is made there. What a
+request did on its way is told to its Run. Nothing here waits longer than its share of the request's time.
 """
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar, assert_never
 
-from prompt_store.prompts.task import Message, render_messages
-from prompt_store.prompts.template import fill_in, template_fields
-from prompt_store.prompts.version import EnsemblePayload, TextPayload, Vote
-from service.catalog import Catalog, Target
-from service.engines import ensemble
-from service.engines.base import (
-    Engine,
-    GenerationRequest,
-    Messages,
-    Prompt,
-    Sampling,
-    ScoreRequest,
-    Scores,
-    SoftPromptReference,
-    Usage,
+from prompt_store.errors import InvalidInputs
+from prompt_store.prompts.version import Vote
+from prompt_store.routing.routes import (
+    CascadeRoute,
+    DirectRoute,
+    EnsembleRoute,
+    FallbackRoute,
+    Route,
+    ShadowRoute,
+    SplitRoute,
 )
-from service.engines.collecting import total
-from service.engines.errors import UnsupportedFeature
-from service.engines.scoring import CONTENT_FREE, Normalise, label_log_probabilities
-from service.metrics import Labels, Metrics
-from service.routing.errors import NotServed, WrongTaskKind
-from service.routing.generation import Batch, Caller, Generation, Record
+from service.catalog import Catalog
+from service.engines.collecting import all_or_none
+from service.engines.errors import EngineError, InvalidRequest, RequestError
+from service.experiments.assignment import assign
+from service.routing.errors import WrongTaskKind
+from service.routing.plan import Target
+from service.routing.run import Failure, Run, Step, left_s, within
 
-_KEPT_PRIORS = 4096
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LabelProbability:
-    """How probable a label is among the task's labels."""
-
-    label: str
-    probability: float
+# Of all failures those that no other leaf would answer differently: the caller must change the request. Inputs are not
+# among them: the version of another leaf may be of a revision of the task that has these.
+_FOR_THE_CALLER = (InvalidRequest, WrongTaskKind)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Classification:
-    """Labels, the chosen one first. `agreement` is the share of an ensemble's members that chose it, else None."""
+class Asked(Protocol):
+    """What a leaf answered, or begins to: who it was, and the step in which it did."""
 
-    id: str
-    labels: tuple[LabelProbability, ...]
-    usage: Usage
-    agreement: float | None = None
+    @property
+    def target(self) -> Target: ...
+
+    @property
+    def step(self) -> Step: ...
 
 
-class Router:
-    """Takes a resolved target and a prompt to a backend, and keeps the record."""
+T = TypeVar("T", bound=Asked)
 
-    def __init__(self, catalog: Catalog, engines: Mapping[str, Engine], metrics: Metrics, signing_key: bytes) -> None:
+
+class Work(Protocol[T]):
+    """What is wanted of each leaf, and how answers are held against each other."""
+
+    async def ask(self, run: Run, target: Target, step: Step, until: float | None) -> T:
+        """The leaf's answer, as far as it must be there by then, before a caller is told anything. Raises Failure."""
+        ...
+
+    async def hold(self, answer: T) -> T:
+        """The same, whole. Raises Failure where it breaks off."""
+        ...
+
+    def measured(self) -> Work[T]:
+        """The same work, so that its answers have a confidence where a backend can tell one."""
+        ...
+
+    def voting(self) -> Work[T]:
+        """The same work as members of an ensemble do it. Raises UnsupportedFeature for what is not put to the vote."""
+        ...
+
+    def confidence(self, measure: str, answer: T) -> float | None:
+        """Of an answer that was held."""
+        ...
+
+    def vote(self, answers: Sequence[T], vote: Vote) -> T:
+        """The one that these, which were held, come to together."""
+        ...
+
+
+class Executor:
+    """Walks routes. `draw` gives numbers in [0, 1) for samples."""
+
+    def __init__(self, catalog: Catalog, draw: Callable[[], float] = random.random) -> None:
         self._catalog = catalog
-        self.engines = engines
-        self._metrics = metrics
-        self._signing_key = signing_key
-        self._prior_scores: OrderedDict[tuple[str, str, str], tuple[Scores, ...]] = OrderedDict()
-        self._asking_priors = asyncio.Lock()
+        self._draw = draw
 
-    def sampling_defaults(self, target: Target) -> Sampling:
-        """The task's default sampling; greedy and 128 tokens for the bare base."""
-        if target.task is None:
-            return Sampling()
-        defaults = target.task.task.sampling
-        return Sampling(
-            max_tokens=defaults.max_tokens,
-            temperature=defaults.temperature,
-            top_p=defaults.top_p,
-            top_k=defaults.top_k,
-            stop=tuple(defaults.stop),
-        )
+    async def begin(self, run: Run, work: Work[T]) -> T:
+        """The answer of the run's plan, as far as `Work.ask` waits for it. Raises Failure."""
+        left_s(run.ends_at)
+        if run.plan.target is not None:
+            return await self._ask(run, run.plan.target, work, "route", run.ends_at)
+        return await self.follow(run, run.plan.route, work, "route", run.ends_at)
 
-    def chat_prompt(self, target: Target, messages: tuple[Message, ...]) -> Messages:
-        """A conversation as it is; a version that is a text prompt stands before it, its last turn left to the caller.
+    async def follow(self, run: Run, route: Route, work: Work[T], place: str, until: float | None) -> T:
+        """The answer of a route that stands at `place`, which has until then (`time.monotonic`, None for ever)."""
+        match route:
+            case DirectRoute():
+                return await self._direct(run, route, work, place, until)
+            case SplitRoute():
+                arm = route.arms[assign(route.experiment, run.unit, [arm.weight for arm in route.arms])]
+                run.arm = arm.name
+                return await self.follow(run, arm.route, work, f"{place}.arms[{arm.name}]", until)
+            case FallbackRoute():
+                return await self._fallback(run, route, work, place, until)
+            case CascadeRoute():
+                return await self._cascade(run, route, work, place, until)
+            case ShadowRoute():
+                answer = await self.follow(run, route.primary, work, f"{place}.primary", until)
+                if self._draw() < route.sample:
+                    run.shadows.append((route.shadow, f"{place}.shadow"))
+                return answer
+            case EnsembleRoute():
+                return await self._ensemble(run, route, work, place, until)
+            case _:
+                assert_never(route)
 
-        Raises UnsupportedFeature for a text prompt whose other turns have placeholders: only inputs can fill them.
-        """
-        payload = target.version.payload if target.version is not None else None
-        if not isinstance(payload, TextPayload):
-            return Messages(messages)
-        before = payload.messages
-        if before[-1].role == "user":
-            before = before[:-1]
-        if template_fields(before):
-            raise UnsupportedFeature(
-                f"{target.label} is a text prompt with placeholders; ask it with inputs at /v1/tasks", parameter="model"
-            )
-        return Messages((*render_messages(before, {}), *messages))
-
-    def raw_prompt(self, target: Target, prompt: Prompt) -> Prompt:
-        """Raw text as it is. Raises UnsupportedFeature for a text prompt, which has no place in it."""
-        if target.version is not None and isinstance(target.version.payload, TextPayload):
-            raise UnsupportedFeature(
-                f"{target.label} is a text prompt; ask it at /v1/chat/completions or /v1/tasks", parameter="model"
-            )
-        return prompt
-
-    def task_prompt(self, target: Target, inputs: Mapping[str, str]) -> Messages:
-        """Inputs through the task's template, or through the version's own where it is a text prompt."""
-        assert target.task is not None
-        task = target.task.task
-        payload = target.version.payload if target.version is not None else None
-        messages = payload.messages if isinstance(payload, TextPayload) else task.messages
-        # A text prompt may leave inputs out; a request brings all of them whichever version answers.
-        return Messages(fill_in(messages, inputs, task.inputs))
-
-    def serves(self, target: Target, feature: str) -> bool:
-        """Whether the target's backend has a feature, by its name in `required_features`. Raises NotServed."""
-        return feature in self._engine(target).capabilities().features
-
-    async def generate(self, target: Target, caller: Caller, request: GenerationRequest) -> Generation:
-        """Begin to answer. Raises EngineError, StoreError or NotServed before the first token; the prompt is the
-        request's, soft prompt and id come from the target."""
-        generation = self._generation(target, caller, request)
-        await generation.begin()
-        return generation
-
-    async def generate_each(self, target: Target, caller: Caller, requests: Sequence[GenerationRequest]) -> Batch:
-        """Begin to answer several requests as one; what is raised for one of them ends all."""
-        batch = Batch([self._generation(target, caller, request) for request in requests])
-        await batch.begin()
-        return batch
-
-    def _generation(self, target: Target, caller: Caller, request: GenerationRequest) -> Generation:
-        record = self._record(target, caller)
+    async def _direct(self, run: Run, route: DirectRoute, work: Work[T], place: str, until: float | None) -> T:
+        assert run.plan.task is not None
         try:
-            engine = self._engine(target)
-            request = dataclasses.replace(request, id=record.id, principal=caller.principal, task=record.labels.task)
-            soft_prompts = self._soft_prompts(target)
-            if (vote := _vote(target)) is not None:
-                events = ensemble.generate(engine, request, soft_prompts, vote)
-            else:
-                record.streamed_choices = request.n if request.stream else 0
-                events = engine.generate(dataclasses.replace(request, soft_prompt=soft_prompts[0]))
-        except Exception:
-            record.end("error", None)
+            target = self._catalog.target(run.plan.task, route)
+        except Failure as error:
+            run.begin(place, None).fail(error)
             raise
-        return Generation(record, events)
+        return await self._ask(run, target, work, place, until)
 
-    async def classify(
-        self,
-        target: Target,
-        caller: Caller,
-        inputs: Mapping[str, str],
-        *,
-        normalise: Normalise = "none",
-        calibrate: bool = False,
-        deadline_s: float | None = None,
-    ) -> Classification:
-        """Every label of the task with its probability. Raises WrongTaskKind for tasks without labels."""
-        assert target.task is not None
-        task = target.task.task
-        prompt = self.task_prompt(target, inputs)
-        record = self._record(target, caller)
-        outcome, usage = "cancelled", None
+    async def _ask(self, run: Run, target: Target, work: Work[T], place: str, until: float | None) -> T:
+        step = run.begin(place, target)
         try:
-            if task.kind != "classify":
-                raise WrongTaskKind(
-                    f"task '{task.name}' is of kind '{task.kind}'; POST /v1/tasks/{task.name}/generate answers it"
-                )
-            request = ScoreRequest(
-                record.id, prompt, task.labels, principal=caller.principal, deadline_s=deadline_s, task=task.name
-            )
-            members = await ensemble.score(self._engine(target), request, self._soft_prompts(target))
-            priors = await self._priors(target, request) if calibrate else [None] * len(members)
-            outcome, usage = "stop", total(member.usage for member in members)
-        except Exception:
-            outcome = "error"
+            left_s(until)
+            return await work.ask(run, target, step, until)
+        except BaseException as error:
+            step.fail(error)
             raise
-        finally:
-            record.end(outcome, usage)
-        values = [
-            label_log_probabilities(member, normalise, prior) for member, prior in zip(members, priors, strict=True)
-        ]
-        vote = _vote(target)
-        elected = ensemble.elect_label(values, vote or "mean_logprob")
-        labels = (LabelProbability(task.labels[place], elected.probabilities[place]) for place in elected.order)
-        return Classification(record.id, tuple(labels), usage, elected.agreement if vote is not None else None)
 
-    async def _priors(self, target: Target, request: ScoreRequest) -> tuple[Scores, ...]:
-        """The scores of the labels after an input that says nothing, of each member; asked once a version."""
-        assert target.task is not None
-        assert target.version is not None
-        key = (target.version.digest, target.task.digest, target.backend)
-        if key not in self._prior_scores:
-            async with self._asking_priors:
-                if key not in self._prior_scores:
-                    nothing = dict.fromkeys(target.task.task.inputs, CONTENT_FREE)
-                    asked = dataclasses.replace(
-                        request, id=f"{request.id}/prior", prompt=self.task_prompt(target, nothing)
-                    )
-                    scores = await ensemble.score(self._engine(target), asked, self._soft_prompts(target))
-                    self._prior_scores[key] = scores
-                    while len(self._prior_scores) > _KEPT_PRIORS:
-                        self._prior_scores.popitem(last=False)
-        self._prior_scores.move_to_end(key)
-        return self._prior_scores[key]
+    async def _fallback(self, run: Run, route: FallbackRoute, work: Work[T], place: str, until: float | None) -> T:
+        """The first that answers. Where none does, the failure that says most."""
+        failures: list[Exception] = []
+        for index, each in enumerate(route.routes):
+            try:
+                share = _share(until, len(route.routes) - index)
+                return await self.follow(run, each, work, f"{place}.routes[{index}]", share)
+            except _FOR_THE_CALLER:
+                raise
+            except Failure as error:
+                failures.append(error)
+        raise _most_telling(failures)
 
-    def _record(self, target: Target, caller: Caller) -> Record:
-        labels = Labels(
-            task=target.task.task.name if target.task is not None else "",
-            version=target.version.label if target.version is not None else "",
-            arm="",
-            backend=target.backend,
-        )
-        digest = target.version.digest if target.version is not None else ""
-        return Record(caller, labels, digest, self._metrics, self._signing_key)
+    async def _cascade(self, run: Run, route: CascadeRoute, work: Work[T], place: str, until: float | None) -> T:
+        """The first's answer where it is sure enough, else the second's; the first's too where the second fails."""
+        run.held_back = True
+        measured = work.measured()
+        try:
+            half = _share(until, 2)
+            first = await _whole(measured, await self.follow(run, route.first, measured, f"{place}.first", half), half)
+        except _FOR_THE_CALLER:
+            raise
+        except Failure as failure:
+            try:
+                return await self.follow(run, route.second, work, f"{place}.second", until)
+            except Failure as error:
+                raise _most_telling([failure, error]) from None
+        confidence = first.step.confidence = measured.confidence(route.measure, first)
+        reason = _not_accepted(run, route.measure, first.target, confidence)
+        if not reason:
+            return first
+        first.step.pass_over(reason)
+        try:
+            return await self.follow(run, route.second, work, f"{place}.second", until)
+        except _FOR_THE_CALLER:
+            raise
+        except Failure:
+            first.step.take_back(f"{reason}; it is answered all the same because the second failed")
+            return first
 
-    def _engine(self, target: Target) -> Engine:
-        engine = self.engines.get(target.backend)
-        if engine is None:
-            raise NotServed(
-                f"the route of this task names backend '{target.backend}', which this service does not have; "
-                f"it has: {', '.join(self.engines)}"
-            )
-        return engine
+    async def _ensemble(self, run: Run, route: EnsembleRoute, work: Work[T], place: str, until: float | None) -> T:
+        """What the members come to together. One that fails fails all, and what others answered is passed over."""
+        voting = work.voting()
+        run.held_back = True
+        members = f"{place}.members["
 
-    def _soft_prompts(self, target: Target) -> tuple[SoftPromptReference | None, ...]:
-        """The soft prompt that a target answers with, or those of its ensemble; a single None where it has none."""
-        if target.version is None or isinstance(target.version.payload, TextPayload):
-            return (None,)
-        kind = target.version.payload.kind
-        needed = "soft_prompt" if kind == "ensemble" else kind
-        if needed not in self._engine(target).capabilities().payload_kinds:
-            raise UnsupportedFeature(
-                f"{target.label} is of kind '{kind}'; backend '{target.backend}' does not serve it", parameter="model"
-            )
-        return self._catalog.references(target.version)
+        async def ask(index: int, member: Route) -> T:
+            return await _whole(voting, await self.follow(run, member, voting, f"{members}{index}]", until), until)
+
+        try:
+            answers = await all_or_none(ask(index, member) for index, member in enumerate(route.members))
+        except BaseException:
+            for step in run.steps:
+                if step.outcome == "answered" and step.place.startswith(members):
+                    step.pass_over("another member of its ensemble failed")
+            raise
+        return voting.vote(answers, route.vote)
 
 
-def _vote(target: Target) -> Vote | None:
-    """How the members of the target's ensemble vote; None where it is none."""
-    payload = target.version.payload if target.version is not None else None
-    return payload.vote if isinstance(payload, EnsemblePayload) else None
+async def _whole(work: Work[T], answer: T, until: float | None) -> T:
+    """An answer that has begun, once it is there whole; its step says so where it is not by then."""
+    try:
+        return await within(until, work.hold(answer))
+    except BaseException as error:
+        answer.step.fail(error)
+        raise
+
+
+def _most_telling(failures: Sequence[Exception]) -> Exception:
+    """Of why each route failed, what serves the caller most; the last of equals.
+
+    A backend's failure, which may be over when the request is sent again, goes before what this service refuses, and
+    that before what one leaf does not take of the request.
+    """
+
+    def rank(error: Exception) -> int:
+        if isinstance(error, RequestError | InvalidInputs):
+            return 0
+        return 2 if isinstance(error, EngineError) else 1
+
+    return max(reversed(failures), key=rank)
+
+
+def _not_accepted(run: Run, measure: str, target: Target, confidence: float | None) -> str:
+    """Why a cascade's first answer is not the one to give; empty where it is."""
+    calibrations = run.plan.task.calibrations if run.plan.task is not None else {}
+    calibration = calibrations.get((target.version.digest, measure)) if target.version is not None else None
+    if calibration is None:
+        return f"{target.label} has no calibration for {measure}"
+    if confidence is None:
+        return f"its backend does not tell {measure}"
+    if confidence < calibration.threshold:
+        return f"{measure} {confidence:.4g} is under the threshold {calibration.threshold:.4g}"
+    return ""
+
+
+def _share(until: float | None, attempts: int) -> float | None:
+    """Until when the first of so many attempts may take. Raises DeadlineExceeded where no time is left."""
+    seconds = left_s(until)
+    return None if seconds is None else time.monotonic() + seconds / attempts

@@ -1,0 +1,1 @@
+"""Experiments: who sees which arm. Pure: values in, values out."""

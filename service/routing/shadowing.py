@@ -1,0 +1,174 @@
+"""Shadows: requests that are asked once more elsewhere, after they were answered, to see what another version says.
+
+Bounded, and never in the way: a shadow begins when the answer has ended, and where too many are under way it is left
+out and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+from prompt_store.errors import StoreError
+from prompt_store.prompts.task import Task
+from prompt_store.routing.shadows import ShadowAnswer
+from service.routing.plan import Target
+from service.routing.run import Step
+
+log = logging.getLogger(__name__)
+
+ShadowOutcome = Literal["answered", "failed", "left_out"]
+
+_AT_ONCE = 16
+_KEPT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a request was answered, and by which step; `text` is None where that failed, for the reason in `error`."""
+
+    text: str | None
+    step: Step | None
+    error: str | None = None
+
+    @property
+    def target(self) -> Target | None:
+        return self.step.target if self.step is not None else None
+
+    @property
+    def milliseconds(self) -> float:
+        return self.step.seconds * 1000 if self.step is not None else 0.0
+
+
+class Shadows:
+    """Those that are under way, and what they found until it is written.
+
+    `write` puts answers into the store and blocks. `count(task, outcome, agreement)` is told each that came, failed or
+    was left out.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[list[ShadowAnswer]], object],
+        count: Callable[[str, ShadowOutcome, float | None], object],
+        at_once: int = _AT_ONCE,
+    ) -> None:
+        self._write = write
+        self._count = count
+        self._at_once = at_once
+        self._closed = False
+        self._running: set[asyncio.Task[None]] = set()
+        self._found: list[ShadowAnswer] = []
+
+    def start(self, generation_id: str, place: str, task: Task, primary: Said, ask: Coroutine[Any, Any, Said]) -> None:
+        """Ask in the background and hold the answer against the primary's. Returns at once."""
+        if self._closed or len(self._running) >= self._at_once:
+            ask.close()
+            self._count(task.name, "left_out", None)
+            return
+        running = asyncio.create_task(self._compare(generation_id, place, task, primary, ask))
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+
+    async def flush(self) -> None:
+        """Write what was found. What cannot be written now is kept for the next time; of too many, the newest."""
+        found, self._found = self._found, []
+        try:
+            if found:
+                await asyncio.to_thread(self._write, found)
+        except StoreError as error:
+            self._found = (found + self._found)[-_KEPT:]
+            log.warning("shadow answers cannot be written, they are kept until they can: %s", error)
+        except BaseException:
+            self._found = found + self._found
+            raise
+
+    async def forget(self, age: timedelta, delete: Callable[[datetime], object]) -> None:
+        """Have the store delete what is older."""
+        try:
+            await asyncio.to_thread(delete, datetime.now(UTC) - age)
+        except StoreError as error:
+            log.warning("old shadow answers cannot be deleted now: %s", error)
+
+    async def close(self) -> None:
+        """End those that are under way, write what was found, and begin no others."""
+        self._closed = True
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await self.flush()
+
+    async def _compare(
+        self, generation_id: str, place: str, task: Task, primary: Said, ask: Coroutine[Any, Any, Said]
+    ) -> None:
+        try:
+            shadow = await ask
+        except asyncio.CancelledError:
+            self._count(task.name, "left_out", None)
+            raise
+        except Exception:
+            log.exception("a shadow of task '%s' failed by a fault of the service's own", task.name)
+            self._count(task.name, "failed", None)
+            return
+        agreed = None if shadow.text is None else agreement(task, primary.text or "", shadow.text)
+        self._count(task.name, "failed" if shadow.text is None else "answered", agreed)
+        self._keep(generation_id, place, task, primary, shadow, agreed)
+
+    def _keep(
+        self, generation_id: str, place: str, task: Task, primary: Said, shadow: Said, agreed: float | None
+    ) -> None:
+        answered, asked = primary.target, shadow.target
+        if len(self._found) >= _KEPT:
+            del self._found[0]
+        self._found.append(
+            ShadowAnswer(
+                id=hashlib.sha256(f"{generation_id}:{place}".encode()).hexdigest(),
+                generation_id=generation_id,
+                task=task.name,
+                at=datetime.now(UTC),
+                primary_version=_digest(answered),
+                primary_label=answered.label if answered is not None else "",
+                primary_backend=answered.backend if answered is not None else "",
+                primary_text=primary.text or "",
+                primary_ms=primary.milliseconds,
+                shadow_version=_digest(asked),
+                shadow_label=asked.label if asked is not None else "",
+                shadow_backend=asked.backend if asked is not None else "",
+                shadow_text=shadow.text,
+                shadow_error=shadow.error,
+                shadow_ms=shadow.milliseconds,
+                agreement=agreed,
+            )
+        )
+
+
+def _digest(target: Target | None) -> str:
+    return target.version.digest if target is not None and target.version is not None else ""
+
+
+def agreement(task: Task, one: str, other: str) -> float:
+    """How far two answers to a task agree, from 0 to 1.
+
+    Labels and JSON are equal or not. Texts are compared as bags of words: the harmonic mean of the shares of each one's
+    words that the other has too (the F1 of SQuAD, Rajpurkar et al. 2016, arXiv 1606.05250).
+    """
+    if task.kind == "extract":
+        try:
+            return float(json.loads(one) == json.loads(other))
+        except (ValueError, RecursionError):
+            return float(one.strip() == other.strip())
+    if task.kind == "classify":
+        return float(one.strip() == other.strip())
+    left, right = Counter(one.split()), Counter(other.split())
+    if not left or not right:
+        return float(left == right)
+    shared = sum((left & right).values())
+    return 2.0 * shared / (left.total() + right.total())
