@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-from collections.abc import AsyncIterator, Callable
+import itertools
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
 
 from litestar import Litestar
 from litestar.datastructures import State
-from litestar.di import Provide
+from litestar.di import NamedDependency, Provide
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, YamlRenderPlugin
@@ -19,7 +24,9 @@ from prompt_store.bundle import load_bundle
 from prompt_store.database import Database
 from prompt_store.errors import StoreError
 from prompt_store.prompts.registry import Registry
-from prompt_store.routes import DEFAULT_ALIAS, DEFAULT_BACKEND
+from prompt_store.routing.backends import BackendDescription
+from prompt_store.routing.registry import utc_now
+from prompt_store.routing.routes import DEFAULT_ALIAS, DEFAULT_BACKEND
 from service.api.answers import (
     ClientLeft,
     answer_client_left,
@@ -27,80 +34,130 @@ from service.api.answers import (
     answer_http_error,
     answer_unreadable,
 )
+from service.api.backends import BackendController
 from service.api.bodies import require_content_type
 from service.api.description import VariadicTuples
+from service.api.generations import GenerationController
 from service.api.openai import OpenAIController
 from service.api.operations import live, ready, ready_for_writes, scrape
 from service.api.prompt_aliases import AliasController
 from service.api.prompts import BodyLimits, PromptController, list_bases
+from service.api.responses import create_response
+from service.api.routes import RouteController, list_routes
 from service.api.tasks import TaskController
 from service.catalog import Catalog
 from service.engines.base import Engine
-from service.engines.base_model import open_base_model
-from service.engines.build import build_local
-from service.engines.errors import EngineError
+from service.engines.base_model import BaseModel, open_base_model
+from service.engines.build import build_backends, build_local
+from service.engines.errors import BaseModelError, EngineError
+from service.engines.remote.backend_settings import OpenAICompatibleSettings
+from service.engines.remote.provider import Provider
 from service.metrics import Metrics
+from service.routing.backends import Backend, Backends
 from service.routing.errors import RoutingError
-from service.routing.execute import Router
+from service.routing.execute import Executor
+from service.routing.leaves import Leaves
+from service.routing.recent import Recent
+from service.routing.retirement import Retirements, RetirementWatch
+from service.routing.router import Router
+from service.routing.shadowing import Shadows
+from service.routing.shutdown_dates import Ask, ShutdownDates
+from service.routing.spending import Spending
 from service.settings import Settings
 
+log = logging.getLogger(__name__)
+
 _SERVICE = Principal("service", frozenset({"admin"}))
+_ACCOUNTS_EVERY_S = 5.0
+_HOUR_S = 3600.0
 
 
 def create_app(
     settings: Settings,
     *,
     engine: Engine | None = None,
+    backends: Sequence[Backend] = (),
     on_ready: Callable[[Catalog], object] = lambda _: None,
     on_fatal: Callable[[Exception], object] = lambda _: None,
 ) -> Litestar:
-    """The service. Opens base model and store at once; the engine starts with the application, in the background.
+    """The service. Opens base model and store at once; the engines start with the application, in the background.
 
     `app.state.drain` begins the stop: await it before open connections are cut.
-    `engine` stands in for the local engine that the settings describe, for tests and demonstrations.
+    `engine` stands in for the local engine that the settings describe, and `backends` beside those that they do, for
+    tests and demonstrations.
     `on_ready` is called when requests are answered, `on_fatal` when they never will be.
-    Raises EngineError and StoreError for a base model or a store that cannot be used.
+    Raises EngineError and StoreError for a base model, a backend or a store that cannot be used.
     """
-    base = open_base_model(settings.base.path, name=settings.base.name)
+    base = _open_base(settings)
+    served = Backends([*_local(settings, base, engine), *_remote(settings, base), *backends])
     database = Database.open(settings.store.url, backups=settings.store.backups)
     registry = Registry(database)
-    registry.register_base(base.describe(), _SERVICE)
+    if base is not None:
+        registry.register_base(base.describe(), _SERVICE)
+    registry.register_backends(list(served.descriptions.values()), _SERVICE)
     if settings.store.seed is not None:
         load_bundle(registry, settings.store.seed, DEFAULT_ALIAS, _SERVICE)
-    local = engine or build_local(
-        base,
-        settings.engine.options(),
-        max_waiting=settings.engine.max_waiting,
-        ready_timeout_s=settings.engine.ready_timeout_s,
-    )
-    engines = {DEFAULT_BACKEND: local}
-    metrics = Metrics(engines)
+    metrics = Metrics(served.engines)
+    retirements = Retirements(settings.retirements, utc_now)
+    watch = RetirementWatch(retirements, list(served.descriptions.values()))
+    metrics.watch_retirements(watch.timestamps)
+
+    def refreshed(sequence: int) -> None:
+        metrics.store_sequence.set(sequence)
+        watch.look(catalog.snapshot)
+
     catalog = Catalog(
         database,
         registry,
-        local,
-        base_name=base.name,
-        base_fingerprint=base.fingerprint,
+        served,
+        base_name=base.name if base is not None else "",
+        base_fingerprint=base.fingerprint if base is not None else "",
         poll_s=settings.store.poll_s,
         fall_back_when_damaged=settings.store.fall_back_when_damaged,
-        on_refresh=metrics.store_sequence.set,
+        on_refresh=refreshed,
         on_failure=metrics.catalog_failures.inc,
     )
     metrics.store_reachable.set_function(lambda: catalog.store_reachable)
     metrics.damaged_versions.set_function(lambda: catalog.damage.versions)
     metrics.aliases_fallen_back.set_function(lambda: catalog.damage.fallen_back)
     limits = BodyLimits(settings.server.max_body_bytes, settings.server.max_prompt_bytes)
-    router = Router(catalog, engines, metrics, database.signing_key())
+    spending = Spending(utc_now, registry.spending, registry.add_spending)
+    shadows = Shadows(registry.add_shadow_answers, metrics.count_shadow)
+    leaves = Leaves(catalog, served, retirements, spending)
+    router = Router(served, leaves, Executor(catalog), shadows, Recent(), metrics, database.signing_key())
+    dates = ShutdownDates(
+        {name: backend.ask for name, backend in served.items() if backend.ask is not None},
+        list(served.descriptions.values()),
+        lambda version, day: registry.note_shutdown(version.task, version.digest, day, _SERVICE),
+        retirements.announced,
+    )
 
     async def run() -> None:
         try:
-            await local.start()
+            await asyncio.gather(*(each.start() for each in served.engines.values()))
             await catalog.load()
+            await asyncio.to_thread(spending.flush)
             on_ready(catalog)
-            await catalog.follow()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(catalog.follow())
+                group.create_task(keep_accounts())
+                group.create_task(dates.follow(lambda: catalog.snapshot))
         except Exception as error:
             on_fatal(error)
             raise
+
+    async def keep_accounts() -> None:
+        """What requests leave behind them, written behind their backs."""
+        for count in itertools.count(1):
+            await asyncio.sleep(_ACCOUNTS_EVERY_S)
+            try:
+                await asyncio.to_thread(spending.flush)
+                await shadows.flush()
+                if count % round(_HOUR_S / _ACCOUNTS_EVERY_S) == 0:
+                    watch.look(catalog.snapshot)
+                    await shadows.forget(timedelta(days=settings.store.shadow_days), registry.delete_shadow_answers)
+            except Exception:  # requests are answered all the same
+                log.exception("what requests left behind could not be written")
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
@@ -113,17 +170,28 @@ def create_app(
             await drain()
             # Reads that are under way end first, and the store may be away.
             await asyncio.to_thread(catalog.close)
+            await asyncio.to_thread(spending.close)
             await asyncio.to_thread(database.close)
 
     async def drain() -> None:
         """Let running requests end within the grace; those beyond it end in an error. The first step of stopping."""
-        await local.close(settings.server.drain_s)
+        closing = [each.close(settings.server.drain_s) for each in served.engines.values()]
+        await asyncio.gather(shadows.close(), *closing)  # what shadows found is written while requests end
+
+    def provide_router(catalog: NamedDependency[Catalog]) -> Router:
+        """Provided after the catalog: what is provided at once, Litestar provides in a task each (50 us a request)."""
+        return router
 
     return Litestar(
         state=State({"drain": drain}),
         route_handlers=[
             OpenAIController,
+            create_response,
             TaskController,
+            RouteController,
+            list_routes,
+            BackendController,
+            GenerationController,
             PromptController,
             AliasController,
             list_bases,
@@ -134,7 +202,8 @@ def create_app(
         ],
         dependencies={
             "catalog": Provide(lambda: catalog, sync_to_thread=False),
-            "router": Provide(lambda: router, sync_to_thread=False),
+            "router": Provide(provide_router, sync_to_thread=False),
+            "retirements": Provide(lambda: retirements, sync_to_thread=False),
             "registry": Provide(lambda: registry, sync_to_thread=False),
             "limits": Provide(lambda: limits, sync_to_thread=False),
             "metrics": Provide(lambda: metrics, sync_to_thread=False),
@@ -162,3 +231,77 @@ def create_app(
         logging_config=None,
         request_max_body_size=settings.server.max_body_bytes,
     )
+
+
+def describe_backends(settings: Settings) -> list[BackendDescription]:
+    """The backends that a service with these settings has, without their keys and without starting any.
+
+    Raises EngineError as `create_app`.
+    """
+    base = _open_base(settings)
+    backends = [*_local(settings, base, None), *_remote(settings, base, _AnyKey())]
+    return [backend.describe() for backend in backends]
+
+
+class _AnyKey(dict[str, str]):
+    """An environment in which every key is set."""
+
+    def get(self, name: str, default: Any = None) -> str:
+        return "none"
+
+
+def _open_base(settings: Settings) -> BaseModel | None:
+    """The base model, None where no backend needs one."""
+    if not settings.engine.enabled and not any(backend.kind == "vllm" for backend in settings.backends.values()):
+        return None
+    try:
+        return open_base_model(settings.base.path, name=settings.base.name)
+    except BaseModelError as error:
+        if any(backend.kind == "vllm" for backend in settings.backends.values()) or not settings.backends:
+            raise
+        raise BaseModelError(f"{error}. Without a base model, [engine] enabled = false serves the backends") from error
+
+
+def _local(settings: Settings, base: BaseModel | None, engine: Engine | None) -> list[Backend]:
+    if engine is not None:
+        return [Backend(DEFAULT_BACKEND, engine)]
+    if base is None or not settings.engine.enabled:
+        return []
+    local = build_local(
+        base,
+        settings.engine.options(),
+        max_waiting=settings.engine.max_waiting,
+        ready_timeout_s=settings.engine.ready_timeout_s,
+    )
+    return [Backend(DEFAULT_BACKEND, local)]
+
+
+def _remote(settings: Settings, base: BaseModel | None, environment: Mapping[str, str] = os.environ) -> list[Backend]:
+    engines = build_backends(settings.backends, environment, base=base)
+    found: list[Backend] = []
+    for name, backend in settings.backends.items():
+        if isinstance(backend, OpenAICompatibleSettings):
+            described = Backend(
+                name,
+                engines[name],
+                backend.kind,
+                provider=backend.provider or name,
+                models=backend.answers(),
+                default_model=backend.default_model,
+                prices=backend.prices,
+                ask=_asking(engines[name].provider),
+                transport=engines[name].provider,
+            )
+        else:
+            described = Backend(
+                name, engines[name], backend.kind, prices=backend.prices, transport=engines[name].provider
+            )
+        found.append(described)
+    return found
+
+
+def _asking(provider: Provider) -> Ask:
+    async def ask(path: str) -> Mapping[str, Any]:
+        return (await provider.get(path)).document
+
+    return ask

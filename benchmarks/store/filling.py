@@ -14,7 +14,7 @@ from prompt_store.prompts.registry import NewVersion, Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import parse_task
 from prompt_store.prompts.version import BaseDescription, DatasetUse, Provenance
-from prompt_store.routes import DEFAULT_ALIAS
+from prompt_store.routing.routes import DEFAULT_ALIAS
 
 TASKS = 200
 VERSIONS = 10_000

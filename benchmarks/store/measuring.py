@@ -21,9 +21,10 @@ from benchmarks.store.filling import LARGE_BASE, SOMEBODY, TASKS, large_prompts,
 from prompt_store.database import Database
 from prompt_store.prompts.registry import NewVersion, Registry
 from prompt_store.prompts.version import TextPayload
-from prompt_store.routes import DEFAULT_ALIAS
+from prompt_store.routing.routes import DEFAULT_ALIAS
 from service.catalog import Catalog
 from service.engines.scripted import ScriptedEngine
+from service.routing.backends import Backend, Backends
 
 ROOT = Path(__file__).parents[2]
 BASE_FOLDER = ROOT / "examples" / "base"
@@ -48,9 +49,10 @@ def publish_latencies_ms(database: Database, count: int) -> list[float]:
 def resolve_us(location: str, rounds: int) -> float:
     """Median microseconds of `Catalog.resolve` on names with an alias, over all tasks in turn."""
     names = [f"{task_name(index)}@{DEFAULT_ALIAS}" for index in range(TASKS)]
+    backends = Backends([Backend("local", ScriptedEngine())])
     with Database.open(location) as database:
         catalog = Catalog(
-            database, Registry(database), ScriptedEngine(), base_name="none", base_fingerprint="none", poll_s=1.0,
+            database, Registry(database), backends, base_name="none", base_fingerprint="none", poll_s=1.0,
             on_refresh=lambda _: None, on_failure=lambda: None,
         )  # fmt: skip
         asyncio.run(catalog.load())

@@ -6,11 +6,12 @@ An event stream closes its generator itself when the client leaves, because a se
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
+import msgspec
 from litestar import Request, Response
 from litestar.enums import MediaType
 from litestar.exceptions import HTTPException
@@ -54,6 +55,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     store.StoreUnavailable: (503, UNAVAILABLE, "store_unavailable"),
     engine.EngineError: (500, UNAVAILABLE, "engine_error"),
     engine.BaseModelError: (503, UNAVAILABLE, "base_model_error"),
+    engine.BackendError: (503, UNAVAILABLE, "backend_error"),
     engine.RequestError: (400, INVALID, "invalid_request"),
     engine.PromptTooLong: (400, INVALID, "context_length_exceeded"),
     engine.UnsupportedFeature: (400, INVALID, "unsupported_parameter"),
@@ -63,9 +65,18 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     engine.DeadlineExceeded: (504, UNAVAILABLE, "deadline_exceeded"),
     engine.QueueFull: (429, RATE_LIMIT, "queue_full"),
     engine.EngineUnavailable: (503, UNAVAILABLE, "engine_unavailable"),
+    engine.CircuitOpen: (503, UNAVAILABLE, "circuit_open"),
+    engine.ProviderError: (502, UNAVAILABLE, "provider_error"),
+    engine.ProviderUnavailable: (503, UNAVAILABLE, "provider_unavailable"),
+    engine.ProviderRateLimited: (429, RATE_LIMIT, "provider_rate_limited"),
+    engine.ProviderMisbehaved: (502, UNAVAILABLE, "provider_misbehaved"),
+    engine.ProviderDenied: (502, UNAVAILABLE, "provider_denied"),
+    engine.ProviderRefused: (400, INVALID, "provider_refused"),
     routing.RoutingError: (500, UNAVAILABLE, "routing_error"),
     routing.NotServed: (404, INVALID, "model_not_found"),
     routing.WrongTaskKind: (400, INVALID, "wrong_task_kind"),
+    routing.ModelRetired: (404, INVALID, "model_retired"),
+    routing.CostCeilingReached: (429, RATE_LIMIT, "cost_ceiling_reached"),
     routing.UnknownGeneration: (404, INVALID, "generation_not_found"),
     api.ApiError: (500, UNAVAILABLE, "internal_error"),
     api.BodyTooLarge: (413, INVALID, "body_too_large"),
@@ -74,6 +85,8 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     api.InvalidCondition: (400, INVALID, "invalid_condition"),
     api.PreconditionRequired: (428, INVALID, "precondition_required"),
     api.PreconditionFailed: (412, INVALID, "precondition_failed"),
+    api.UnknownBackend: (404, INVALID, "backend_not_found"),
+    api.UnknownReplica: (404, INVALID, "replica_not_found"),
 }
 
 
@@ -99,13 +112,14 @@ _MEANINGS: dict[int, str] = {
     400: "The request is at fault",
     404: "Nothing has that name",
     409: "It contradicts what is there: another base model, or something that is in use",
-    412: "The alias does not point where the request expected",
+    412: "It is not what the request expected",
     413: "The body is too large",
     415: "The body is of a type that is not taken here",
     422: "The idempotency key came with another request before",
-    428: "The request must say where it expects the alias to point",
-    429: "Too many requests wait; see retry-after",
+    428: "The request must say what it expects to be there",
+    429: "Too many requests wait, or the task has cost its day's ceiling; see retry-after",
     500: "The service failed",
+    502: "A provider behind the task's backend failed or gave no answer that can be read",
     503: "Engine or store is away; send the request again",
     504: "The request's own deadline passed",
 }
@@ -124,7 +138,7 @@ def success(status: int, body: type[BaseModel]) -> dict[int, ResponseSpec]:
     return {status: ResponseSpec(body, description=meaning, generate_examples=False)}
 
 
-ERRORS = errors(400, 404, 409, 413, 415, 429, 500, 503, 504)
+ERRORS = errors(400, 404, 409, 413, 415, 429, 500, 502, 503, 504)
 
 
 def error_body(message: str, kind: str, code: str | None, parameter: str | None = None) -> dict[str, Any]:
@@ -184,7 +198,7 @@ def answer_unreadable(_: Request[Any, Any, Any], error: Exception) -> Response[d
 
 def event(data: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"
@@ -214,19 +228,13 @@ class EventStream(Response[None]):
         return self._answer
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        streaming = asyncio.create_task(self._stream(send))
-        leaving = asyncio.create_task(_disconnected(receive))
         try:
-            await asyncio.wait({streaming, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            with suppress(ClientLeft):  # nobody reads on
+                async with _WhileConnected(receive):
+                    await self._stream(send)
         finally:
-            for task in (streaming, leaving):
-                task.cancel()
-            results = await asyncio.gather(streaming, leaving, return_exceptions=True)
             await self._events.aclose()
             await self._close()
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self._raw_headers})
@@ -243,26 +251,41 @@ class ClientLeft(Exception):
     """The client closed the connection before its answer was ready; nobody reads what is answered now."""
 
 
-async def unless_disconnected(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
+async def unless_disconnected(request: Request[Any, Any, Any], work: Awaitable[T]) -> T:
     """Await work, but cancel it when the client leaves. Raises ClientLeft then."""
     await request.body()  # from here on, the next message can only be the disconnect
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_disconnected(request.receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientLeft
-        return await working
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+    async with _WhileConnected(request.receive):
+        return await work
 
 
 def answer_client_left(_: Request[Any, Any, Any], __: ClientLeft) -> Response[None]:
     return Response(None, status_code=499)
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class _WhileConnected:
+    """Cancels what runs inside when the client leaves; ClientLeft comes out then.
+
+    The work stays in the task that it is in and one other task watches: tasks are most of what waiting costs.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._left = False
+
+    async def __aenter__(self) -> None:
+        working = asyncio.current_task()
+        assert working is not None
+        self._working = working
+        self._watching = asyncio.create_task(self._watch())
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._watching.cancel()
+        # Whoever else cancelled the task is still waiting for it to end.
+        if self._left and self._working.uncancel() == 0 and kind is asyncio.CancelledError:
+            raise ClientLeft from error
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._left = True
+        self._working.cancel()

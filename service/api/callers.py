@@ -8,7 +8,7 @@ from typing import Any
 from litestar import Request
 
 from prompt_store.access import ANONYMOUS, Principal
-from service.routing.generation import Caller
+from service.routing.record import Caller
 
 UNIT_HEADER = "x-softcue-unit"
 

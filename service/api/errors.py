@@ -5,8 +5,10 @@ ApiError
 ├── InvalidBody             not what its content type promises; .parameter names the field
 ├── UnknownParameter        a query parameter that the handler does not take; .parameter names it
 ├── InvalidCondition        If-Match or If-None-Match that nothing here can have
-├── PreconditionRequired    an alias moved by somebody who does not say where it points
-└── PreconditionFailed      an alias that points elsewhere, or not at all
+├── PreconditionRequired    an alias or a route changed by somebody who does not say what he expects
+├── PreconditionFailed      an alias or a route that is not what was expected
+├── UnknownBackend          a backend that this service does not have
+└── UnknownReplica          an address that a backend does not have
 """
 
 from __future__ import annotations
@@ -41,4 +43,12 @@ class PreconditionRequired(ApiError):
 
 
 class PreconditionFailed(ApiError):
+    pass
+
+
+class UnknownBackend(ApiError):
+    pass
+
+
+class UnknownReplica(ApiError):
     pass

@@ -14,23 +14,52 @@ from typing import Any, ClassVar
 
 from service.api.answers import DONE, event
 from service.api.openai_shapes import OpenAIBody
-from service.catalog import Target
-from service.engines.base import Delta, Finish, GenerationRequest, Prompted, TokenLogprob, Usage
+from service.engines.base import Delta, Finish, GenerationRequest, Prompted, TokenLogprob, ToolCallPiece, Usage
 from service.engines.collecting import Answer, Answers, total
 from service.routing.generation import Batch
+from service.routing.plan import Target
+from service.routing.run import Run
 
 # What OpenAI answers for a token that is as good as impossible; JSON has no infinity.
 _LOWEST_LOGPROB = -9999.0
 
 
-def usage_body(usage: Usage) -> dict[str, int]:
+def usage_body(usage: Usage) -> dict[str, Any]:
     """OpenAI's usage, and the soft prompt's virtual tokens beside it."""
-    return {
+    body: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "virtual_tokens": usage.virtual_tokens,
     }
+    if usage.cached_prompt_tokens:
+        body["prompt_tokens_details"] = {"cached_tokens": usage.cached_prompt_tokens}
+    return body
+
+
+def logprob_body(entry: TokenLogprob) -> dict[str, Any]:
+    """A token with those that might have stood in its place, as chat completions and responses show it."""
+    return {**_chat_logprob(entry), "top_logprobs": [_chat_logprob(other) for other in entry.top]}
+
+
+def answer_headers(target: Target, runs: Sequence[Run]) -> dict[str, str]:
+    """Who answers; and whether an answer waited until it was accepted, which no stream can show otherwise."""
+    headers = {"x-softcue-version": target.label or "base", "x-softcue-backend": target.backend}
+    return {**headers, "x-softcue-held-back": "true"} if any(run.held_back for run in runs) else headers
+
+
+def system_fingerprint(target: Target) -> str:
+    """What answered, by its label and, of a version, by the begin of its digest."""
+    if target.version is None:
+        return target.label or "base"
+    return f"{target.label}:{target.version.digest[:12]}"
+
+
+def path_body(runs: Sequence[Run]) -> dict[str, Any]:
+    """The path that each prompt's answer took, and what all of them cost: what is known only at the end."""
+    shown = [run.document() for run in runs]
+    whole = shown[0] if len(shown) == 1 else {"cost": sum(run.cost for run in runs), "prompts": shown}
+    return {"softcue": whole}
 
 
 class Shape(ABC):
@@ -40,17 +69,16 @@ class Shape(ABC):
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def __init__(self, batch: Batch, target: Target, body: OpenAIBody, asked: GenerationRequest) -> None:
+    def __init__(self, batch: Batch, body: OpenAIBody, asked: GenerationRequest) -> None:
         self._batch = batch
         self._asked = asked
         self._prompt_alternatives = body.prompt_logprobs
-        label = target.label
-        self.headers = {"x-softcue-version": label or "base", "x-softcue-backend": target.backend}
+        self.headers = answer_headers(batch.target, batch.runs)
         self._common: dict[str, Any] = {
             "id": self.id_prefix + batch.id,
             "created": batch.created_s,
             "model": body.model,
-            "system_fingerprint": f"{label}:{target.version.digest[:12]}" if target.version is not None else "base",
+            "system_fingerprint": system_fingerprint(batch.target),
         }
 
     def whole(self, given: Sequence[Answers]) -> dict[str, Any]:
@@ -63,7 +91,7 @@ class Shape(ABC):
         ]
         body = {**self._common, "object": self.whole_object, "choices": choices}
         body["usage"] = usage_body(total(answers.usage for answers in given))
-        return body | self._beside(given[0])
+        return body | self._beside(given[0]) | path_body(self._batch.runs)
 
     async def stream(self, *, include_usage: bool) -> AsyncGenerator[bytes]:
         """The same as server-sent events, OpenAI's chunks and `[DONE]` at the end."""
@@ -76,6 +104,16 @@ class Shape(ABC):
 
         usages: list[Usage] = []
         ended: set[int] = set()
+        waiting: list[tuple[int, str, dict[str, Any]]] = []  # endings, until what is known only then is known
+
+        def endings(**last: Any) -> list[bytes]:
+            chunks = [
+                chunk(index, self._ending(), reason, **more, **(last if place == len(waiting) - 1 else {}))
+                for place, (index, reason, more) in enumerate(waiting)
+            ]
+            waiting.clear()
+            return chunks
+
         async with aclosing(self._batch.events()) as events:
             for index in range(n):
                 for choice in self._opening():
@@ -88,20 +126,24 @@ class Shape(ABC):
                             for choice in self._echoed(index, item):
                                 yield chunk(index, choice)
                     case Delta():
+                        for ending in endings():
+                            yield ending
                         index = choices[item.index]
-                        if item.text or item.logprobs:
+                        if item.text or item.logprobs or item.tool_calls or item.refusal:
                             yield chunk(index, self._piece(index, item))
                         if item.finish_reason is not None:
                             ended.add(index)
                             more = {} if item.agreement is None else {"agreement": item.agreement}
-                            yield chunk(index, self._ending(), item.finish_reason, **more)
+                            waiting.append((index, item.finish_reason, more))
                     case Finish(reason, usage):
                         usages.append(usage)
-                        for index in choices:
-                            if index not in ended:  # one without any token, say
-                                yield chunk(index, self._ending(), reason)
+                        # One without any token, say.
+                        waiting += [(index, reason, {}) for index in choices if index not in ended]
+        path = path_body(self._batch.runs)
+        for ending in endings(**({} if include_usage else path)):
+            yield ending
         if include_usage:
-            yield event({**common, "choices": [], "usage": usage_body(total(usages))})
+            yield event({**common, "choices": [], "usage": usage_body(total(usages)), **path})
         yield DONE
 
     @abstractmethod
@@ -118,7 +160,7 @@ class Shape(ABC):
 
     @abstractmethod
     def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        """More of a choice's text and log-probabilities."""
+        """More of a choice: text with its log-probabilities, tool calls, refusal."""
 
     @abstractmethod
     def _ending(self) -> dict[str, Any]:
@@ -144,14 +186,25 @@ class ChatShape(Shape):
     chunk_object = "chat.completion.chunk"
 
     def _choice(self, answer: Answer, prompted: Prompted | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": answer.refusal or None}
+        if answer.tool_calls:
+            message["tool_calls"] = [_tool_call(call) for call in answer.tool_calls]
+        if not answer.text and (answer.tool_calls or answer.refusal):
+            message["content"] = None
         return {"message": message, "logprobs": self._logprobs(answer.logprobs)}
 
     def _opening(self) -> Iterable[dict[str, Any]]:
         yield {"delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None}
 
     def _piece(self, index: int, delta: Delta) -> dict[str, Any]:
-        return {"delta": {"content": delta.text}, "logprobs": self._logprobs(delta.logprobs)}
+        more: dict[str, Any] = {}
+        if delta.text or delta.logprobs:
+            more["content"] = delta.text
+        if delta.refusal:
+            more["refusal"] = delta.refusal
+        if delta.tool_calls:
+            more["tool_calls"] = [{"index": piece.index, **_tool_call(piece)} for piece in delta.tool_calls]
+        return {"delta": more, "logprobs": self._logprobs(delta.logprobs)}
 
     def _ending(self) -> dict[str, Any]:
         return {"delta": {}, "logprobs": None}
@@ -162,8 +215,7 @@ class ChatShape(Shape):
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self._asked.logprobs is None:
             return None
-        content = [{**_chat_logprob(entry), "top_logprobs": list(map(_chat_logprob, entry.top))} for entry in entries]
-        return {"content": content, "refusal": None}
+        return {"content": [logprob_body(entry) for entry in entries], "refusal": None}
 
 
 class CompletionShape(Shape):
@@ -173,8 +225,8 @@ class CompletionShape(Shape):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, batch: Batch, target: Target, body: OpenAIBody, asked: GenerationRequest) -> None:
-        super().__init__(batch, target, body, asked)
+    def __init__(self, batch: Batch, body: OpenAIBody, asked: GenerationRequest) -> None:
+        super().__init__(batch, body, asked)
         self._offsets: defaultdict[int, _Offsets] = defaultdict(_Offsets)
 
     def _choice(self, answer: Answer, prompted: Prompted | None) -> dict[str, Any]:
@@ -247,6 +299,14 @@ def _token(entry: TokenLogprob) -> _Token:
 
 def _finite(logprob: float) -> float:
     return max(logprob, _LOWEST_LOGPROB)
+
+
+def _tool_call(piece: ToolCallPiece) -> dict[str, Any]:
+    """A call, or more of one: what is not its first piece has arguments alone."""
+    if not piece.name:
+        return {"function": {"arguments": piece.arguments}}
+    function = {"name": piece.name, "arguments": piece.arguments}
+    return {"id": piece.id, "type": "function", "function": function}
 
 
 def _chat_logprob(entry: TokenLogprob) -> dict[str, Any]:

@@ -6,65 +6,28 @@ clear refusal and leaving it at its default is not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prompt_store.prompts.task import Message
+from service.api.chat_messages import ChatMessage
 from service.api.response_formats import ResponseFormatBody, StructuredOutputsBody, response_format
-from service.engines.base import MAX_CHOICES, Prompt, RawText, ResponseFormat, Sampling, TokenIds
+from service.engines.base import HARMLESS_OPTIONS, MAX_CHOICES, Prompt, RawText, ResponseFormat, Sampling, TokenIds
 from service.engines.errors import InvalidRequest, UnsupportedFeature
 
-_NOT_SERVED_YET = "is not served here yet; leave it out"
+_PROVIDER_OPTIONS = (
+    "reasoning_effort",
+    "verbosity",
+    "modalities",
+    "audio",
+    "prediction",
+    "web_search_options",
+    *sorted(HARMLESS_OPTIONS),
+)
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
-
-
-class ContentPart(BaseModel):
-    """A part of a message; only text is served."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(_Body):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    refusal: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    function_call: dict[str, Any] | None = None
-    audio: dict[str, Any] | None = None
-
-    def message(self, index: int) -> Message:
-        """Our Message; raises UnsupportedFeature for tools, images and audio."""
-        where = f"messages[{index}]"
-        if self.role in ("tool", "function") or self.tool_calls or self.function_call or self.audio:
-            raise UnsupportedFeature(f"{where} uses tools or audio, which {_NOT_SERVED_YET}", parameter="messages")
-        if self.name is not None:
-            raise UnsupportedFeature(f"{where} has a name, which {_NOT_SERVED_YET}", parameter="messages")
-        if self.content is None:
-            raise InvalidRequest(f"{where} has no content; give its text", parameter="messages")
-        text = self.content if isinstance(self.content, str) else "".join(self._texts(where))
-        role: Literal["system", "user", "assistant"] = "system"
-        if self.role == "user" or self.role == "assistant":
-            role = self.role
-        return Message(role=role, content=text)
-
-    def _texts(self, where: str) -> list[str]:
-        assert isinstance(self.content, list)
-        for part in self.content:
-            if part.type != "text" or part.text is None:
-                raise UnsupportedFeature(
-                    f"{where} has a part of type '{part.type}'; only text is served here", parameter="messages"
-                )
-        return [part.text or "" for part in self.content]
 
 
 class StreamOptions(_Body):
@@ -97,17 +60,14 @@ class SamplingBody(_Body):
         """How many answers are asked for."""
         return 1 if self.n is None else self.n
 
-    def sampling(self, defaults: Sampling) -> Sampling:
-        """The defaults, with what the request says over them."""
-        given: dict[str, Any] = {name: getattr(defaults, name) for name in Sampling.__dataclass_fields__}
-        for name in given:
-            value = getattr(self, name)
-            if value is not None:
-                given[name] = value
+    def sampling(self) -> dict[str, Any]:
+        """What the request says of Sampling's fields; the rest is the task's."""
+        given: dict[str, Any] = {name: getattr(self, name) for name in Sampling.__dataclass_fields__}
         if self.stop is not None:
             given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        given["stop_token_ids"] = tuple(given["stop_token_ids"])
-        return Sampling(**given)
+        if self.stop_token_ids is not None:
+            given["stop_token_ids"] = tuple(self.stop_token_ids)
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class OpenAIBody(SamplingBody):
@@ -122,7 +82,7 @@ class OpenAIBody(SamplingBody):
     user: str | None = None
     safety_identifier: str | None = None
     unit: str | None = None
-    # Accepted because they change nothing of the answer here.
+    # Accepted because they change nothing of the answer here; what is a provider's is passed on to one.
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
     service_tier: str | None = None
@@ -153,7 +113,7 @@ class ChatCompletionBody(OpenAIBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     functions: list[dict[str, Any]] | None = None
     function_call: str | dict[str, Any] | None = None
@@ -164,30 +124,29 @@ class ChatCompletionBody(OpenAIBody):
     prediction: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
 
-    def sampling(self, defaults: Sampling) -> Sampling:
+    def sampling(self) -> dict[str, Any]:
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
-        return super().sampling(defaults)
+        return super().sampling()
 
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs; set logprobs to true", parameter="top_logprobs")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise UnsupportedFeature(f"tool_choice {_NOT_SERVED_YET}", parameter="tool_choice")
-        refuse(
-            self,
-            {
-                "functions": None,
-                "function_call": None,
-                "reasoning_effort": None,
-                "verbosity": None,
-                "modalities": ["text"],
-                "audio": None,
-                "prediction": None,
-                "web_search_options": None,
-            },
-        )
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise InvalidRequest("tool_choice needs tools to choose from; give tools", parameter="tool_choice")
+        for name in ("functions", "function_call"):
+            if getattr(self, name) is not None:
+                raise UnsupportedFeature(
+                    f"{name} is not served here, OpenAI replaced it by tools; use tools and tool_choice", parameter=name
+                )
+
+    def provider_options(self) -> dict[str, Any]:
+        """What only a provider can answer to, by its own names. Text alone is what everybody answers with."""
+        options = {name: getattr(self, name) for name in _PROVIDER_OPTIONS}
+        if options["modalities"] == ["text"]:
+            options["modalities"] = None
+        return {name: value for name, value in options.items() if value is not None}
 
     @property
     def alternatives(self) -> int | None:
@@ -204,7 +163,8 @@ class CompletionBody(OpenAIBody):
 
     def check(self) -> None:
         super().check()
-        refuse(self, {"suffix": None})
+        if self.suffix is not None:
+            raise UnsupportedFeature("suffix is not served here; leave it out", parameter="suffix")
         if self.best_of is not None and self.best_of != self.choices:
             raise UnsupportedFeature(
                 f"best_of is {self.best_of} and n is {self.choices}, but every answer that is made is returned here; "
@@ -235,11 +195,3 @@ class CompletionBody(OpenAIBody):
                 parameter="prompt" if len(prompts) != 1 else "n",
             )
         return prompts
-
-
-def refuse(body: BaseModel, served: Mapping[str, Any]) -> None:
-    """Raise UnsupportedFeature for the first field that is set to anything but what is served."""
-    for name, value in served.items():
-        given = getattr(body, name)
-        if given is not None and given != value:
-            raise UnsupportedFeature(f"{name} {_NOT_SERVED_YET}", parameter=name)

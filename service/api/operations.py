@@ -10,7 +10,7 @@ from litestar.openapi.datastructures import ResponseSpec
 
 from service.catalog import Catalog
 from service.metrics import CONTENT_TYPE, Metrics
-from service.routing.execute import Router
+from service.routing.router import Router
 
 # The body is that of a 200, and says what is missing.
 _NOT_READY = {503: ResponseSpec(dict[str, Any], description="Not ready", generate_examples=False)}

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from litestar import Controller, Request, Response, delete, get, post, put
 from litestar.di import NamedDependency
-from litestar.params import FromPath, FromQuery, HeaderParameter, JSONBody
+from litestar.params import FromPath, FromQuery, JSONBody
 
 from prompt_store.names import check_alias
 from prompt_store.prompts.listing import DEFAULT_PAGE
 from prompt_store.prompts.registry import UNSET, Alias, Registry
 from service.api.answers import errors, success
 from service.api.callers import principal_of
-from service.api.conditions import compared_with, etag, expected_or_none, expected_target, require_existing
+from service.api.conditions import (
+    IfMatch,
+    IfNoneMatch,
+    compared_with,
+    etag,
+    expected_or_none,
+    expected_target,
+    require_existing,
+)
 from service.api.prompt_shapes import AliasBody, AliasListBody, AliasMoveListBody, MoveBody, RollbackBody
 from service.api.prompts import ETAG, IdempotencyKey, PageSize
 from service.api.queries import require_known_query
-
-IfMatch = Annotated[str | None, HeaderParameter(name="if-match")]
-IfNoneMatch = Annotated[str | None, HeaderParameter(name="if-none-match")]
 
 
 class AliasController(Controller):

@@ -35,6 +35,18 @@ class ResponseFormatBody(BaseModel):
     choices: list[str] | None = None
 
 
+class TextFormatBody(BaseModel):
+    """`text.format` of `/v1/responses`: the same three types, a schema's parts beside its type."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
 class StructuredOutputsBody(BaseModel):
     """vLLM's parameter of that name, as far as it is served here: one of these."""
 
@@ -59,15 +71,35 @@ def response_format(format: ResponseFormatBody | None, structured: StructuredOut
         return ResponseFormat()
     (form,) = asked
     form.check()
-    if form.json_schema is not None:
-        try:
-            Draft202012Validator.check_schema(form.json_schema)
-        except SchemaError as error:
-            place = "/".join(str(step) for step in error.absolute_path) or "its top"
-            raise InvalidRequest(
-                f"the JSON schema is not one at {place}: {error.message}; correct it there", parameter="response_format"
-            ) from error
+    _check_schema(form, "response_format")
     return form
+
+
+def text_format(format: TextFormatBody | None) -> ResponseFormat:
+    """The form that `/v1/responses` asks for. Raises InvalidRequest for a schema that is missing or bad."""
+    if format is None:
+        return ResponseFormat()
+    if (format.type == "json_schema") != (format.json_schema is not None):
+        raise InvalidRequest(
+            f"text.format is of type '{format.type}' {'with' if format.json_schema is not None else 'without'} a "
+            "schema; type json_schema and schema go together",
+            parameter="text.format",
+        )
+    form = ResponseFormat(format.type, format.json_schema)
+    _check_schema(form, "text.format")
+    return form
+
+
+def _check_schema(form: ResponseFormat, parameter: str) -> None:
+    if form.json_schema is None:
+        return
+    try:
+        Draft202012Validator.check_schema(form.json_schema)
+    except SchemaError as error:
+        place = "/".join(str(step) for step in error.absolute_path) or "its top"
+        raise InvalidRequest(
+            f"the JSON schema is not one at {place}: {error.message}; correct it there", parameter=parameter
+        ) from error
 
 
 def _openai_forms(body: ResponseFormatBody | None) -> list[ResponseFormat]:

@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
-from jsonschema import Draft202012Validator
 from litestar import Controller, Request, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from prompt_store.prompts.registry import TaskSnapshot
 from prompt_store.prompts.task import Task
 from prompt_store.prompts.unreadable import Unreadable, readable
+from prompt_store.routing.routes import check_measure
 from service.api.answers import DONE, ERRORS, EventStream, errors, event, unless_disconnected
 from service.api.callers import caller_of
-from service.api.openai_answers import usage_body
+from service.api.openai_answers import answer_headers, path_body, usage_body
 from service.api.openai_shapes import SamplingBody
-from service.catalog import Catalog, Target
-from service.engines.base import Delta, GenerationEvent, GenerationRequest, ResponseFormat
+from service.catalog import Catalog
+from service.engines.base import Delta, GenerationEvent, GenerationRequest, Messages
 from service.engines.collecting import Answer, Answers, assemble
 from service.engines.scoring import Normalise
-from service.routing.execute import Router
+from service.routing.classifying import LabelQuestion
+from service.routing.confidence import confidence, needs_logprobs
+from service.routing.extracting import extract
 from service.routing.generation import Generation
+from service.routing.plan import Plan
+from service.routing.questions import Question
+from service.routing.router import Router
+
+Measure = Annotated[str, AfterValidator(check_measure)]
 
 
 class GenerateBody(SamplingBody):
     """Inputs by field name; `version` is an alias, `v7` or a digest, the task's route decides when it is left out.
 
     An extract task's answer is held to the task's schema while it is made, as far as a grammar can say it, unless
-    `constrained` is false; it is checked against all of it in any case.
+    `constrained` is false; it is checked against all of it in any case. `confidence` names measures that are wanted
+    beside the answer, as a cascade's route names them.
     """
 
     inputs: dict[str, str]
@@ -40,6 +48,7 @@ class GenerateBody(SamplingBody):
     unit: str | None = None
     stream: bool = False
     constrained: bool = True
+    confidence: tuple[Measure, ...] = ()
 
 
 class ClassifyBody(BaseModel):
@@ -56,6 +65,7 @@ class ClassifyBody(BaseModel):
     unit: str | None = None
     normalise: Normalise = "none"
     calibrate: bool = False
+    confidence: tuple[Measure, ...] = ()
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
@@ -88,25 +98,25 @@ class TaskController(Controller):
         router: NamedDependency[Router],
     ) -> Response[Any]:
         """Answer the task for these inputs. An extract task's answer is parsed and checked against its schema."""
-        target = _target(catalog, task, data.version)
         asked = GenerationRequest(
             id="",
-            prompt=router.task_prompt(target, data.inputs),
-            sampling=data.sampling(router.sampling_defaults(target)),
+            prompt=Messages(()),
             n=data.choices,
-            response_format=_answer_form(target, router) if data.constrained else ResponseFormat(),
+            logprobs=0 if any(map(needs_logprobs, data.confidence)) else None,
             deadline_s=data.timeout_s,
             stream=data.stream,
         )
-        generation = await unless_disconnected(request, router.generate(target, caller_of(request, data.unit), asked))
-        headers = {"x-softcue-version": target.label, "x-softcue-backend": target.backend}
+        question = Question(asked, data.sampling(), data.inputs, data.constrained)
+        plan, caller = _plan(catalog, task, data.version), caller_of(request, data.unit)
+        generation = await unless_disconnected(request, router.generate(plan, caller, question))
+        headers = answer_headers(generation.target, [generation.run])
         if data.stream:
-            return EventStream(_stream(generation, target, data), headers, generation.aclose)
+            return EventStream(_stream(generation, data), headers, generation.aclose)
         try:
             answers = await unless_disconnected(request, generation.whole(data.choices))
         finally:
             await generation.aclose()
-        return Response({**_head(generation, target), **_tail(target, data, answers)}, headers=headers)
+        return Response({**_head(generation), **_tail(generation, data, answers)}, headers=headers)
 
     @post("/{task:str}/classify", status_code=200, responses=ERRORS)
     async def classify(
@@ -118,30 +128,30 @@ class TaskController(Controller):
         router: NamedDependency[Router],
     ) -> Response[dict[str, Any]]:
         """Every label of the task with its probability, the most probable first."""
-        target = _target(catalog, task, data.version)
         asking = router.classify(
-            target,
+            _plan(catalog, task, data.version),
             caller_of(request, data.unit),
-            data.inputs,
-            normalise=data.normalise,
-            calibrate=data.calibrate,
+            LabelQuestion(data.inputs, data.normalise, data.calibrate),
             deadline_s=data.timeout_s,
         )
-        answer = await unless_disconnected(request, asking)
+        given = await unless_disconnected(request, asking)
+        answer = given.answer
         body: dict[str, Any] = {
-            "id": answer.id,
+            "id": given.id,
             "task": task.partition("@")[0],
-            "version": target.label,
+            "version": answer.target.label,
             "label": answer.labels[0].label,
             "labels": [{"label": label.label, "probability": label.probability} for label in answer.labels],
             "usage": usage_body(answer.usage),
         }
         if answer.agreement is not None:
             body["agreement"] = answer.agreement
-        return Response(body, headers={"x-softcue-version": target.label, "x-softcue-backend": target.backend})
+        if data.confidence:
+            body["confidence"] = {measure: answer.confidence(measure) for measure in data.confidence}
+        return Response(body | path_body([given.run]), headers=answer_headers(answer.target, [given.run]))
 
 
-def _target(catalog: Catalog, task: str, version: str | None) -> Target:
+def _plan(catalog: Catalog, task: str, version: str | None) -> Plan:
     """`task` and the body's `version`, or both at once as `task@alias` in the path."""
     name, _, selector = task.partition("@")
     return catalog.resolve_task(name, version or selector or None)
@@ -162,52 +172,35 @@ def _task_body(task: TaskSnapshot) -> dict[str, Any]:
     }
 
 
-def _head(generation: Generation, target: Target) -> dict[str, Any]:
-    assert target.task is not None
-    return {"id": generation.id, "task": target.task.task.name, "version": target.label}
+def _head(generation: Generation) -> dict[str, Any]:
+    return {"id": generation.id, "task": generation.run.plan.name, "version": generation.target.label}
 
 
-def _tail(target: Target, asked: GenerateBody, given: Answers) -> dict[str, Any]:
+def _tail(generation: Generation, asked: GenerateBody, given: Answers) -> dict[str, Any]:
     """The first answer, and with `n` all of them under `answers`."""
-    assert target.task is not None
-    task = target.task.task
-    answers = [_answer_body(task, answer) for answer in given.answers]
+    assert generation.target.task is not None
+    task = generation.target.task.task
+    answers = [_answer_body(task, answer, asked.confidence) for answer in given.answers]
     body = {**answers[0], "usage": usage_body(given.usage)}
-    return body if asked.n is None else {**body, "answers": answers}
+    if asked.n is not None:
+        body["answers"] = answers
+    return body | path_body([generation.run])
 
 
-def _answer_body(task: Task, answer: Answer) -> dict[str, Any]:
+def _answer_body(task: Task, answer: Answer, measures: Sequence[str]) -> dict[str, Any]:
     body: dict[str, Any] = {"text": answer.text, "finish_reason": answer.finish_reason}
     if task.kind == "extract":
-        body |= _extracted(task, answer.text)
-    return body if answer.agreement is None else {**body, "agreement": answer.agreement}
+        body |= asdict(extract(task, answer.text))
+    if answer.agreement is not None:
+        body["agreement"] = answer.agreement
+    if measures:
+        body["confidence"] = {measure: confidence(measure, answer) for measure in measures}
+    return body
 
 
-def _answer_form(target: Target, router: Router) -> ResponseFormat:
-    """The JSON schema of an extract task, where its backend can hold an answer to one."""
-    assert target.task is not None
-    if target.task.task.kind != "extract" or not router.serves(target, "structured_output"):
-        return ResponseFormat()
-    return ResponseFormat("json_schema", target.task.task.json_schema, lenient=True)
-
-
-def _extracted(task: Task, text: str) -> dict[str, Any]:
-    """`parsed` is the answer as JSON where it is valid for the task's schema; else null, and `invalid` says why."""
-    try:
-        parsed = json.loads(text)
-        problem = next(Draft202012Validator(task.json_schema or {}).iter_errors(parsed), None)
-    except ValueError as error:
-        return {"parsed": None, "invalid": f"the answer is not JSON: {error}"}
-    except RecursionError:
-        return {"parsed": None, "invalid": "the answer is nested too deeply to be read"}
-    if problem is not None:
-        return {"parsed": None, "invalid": f"the answer does not fit the task's schema: {problem.message}"}
-    return {"parsed": parsed, "invalid": None}
-
-
-async def _stream(generation: Generation, target: Target, asked: GenerateBody) -> AsyncGenerator[bytes]:
+async def _stream(generation: Generation, asked: GenerateBody) -> AsyncGenerator[bytes]:
     """A delta as it comes, with its answer's index where there are several; at last what is answered unstreamed."""
-    head = _head(generation, target)
+    head = _head(generation)
     seen: list[GenerationEvent] = []
     async with aclosing(generation.events()) as events:
         async for item in events:
@@ -215,5 +208,5 @@ async def _stream(generation: Generation, target: Target, asked: GenerateBody) -
             if isinstance(item, Delta) and item.text:
                 place = {} if asked.n is None else {"index": item.index}
                 yield event({**head, **place, "delta": item.text})
-    yield event({**head, "delta": "", **_tail(target, asked, assemble(seen, asked.choices))})
+    yield event({**head, "delta": "", **_tail(generation, asked, assemble(seen, asked.choices))})
     yield DONE

@@ -10,6 +10,7 @@ from prompt_store.database import Database
 from prompt_store.prompts.registry import Registry
 from service.catalog import Catalog
 from service.engines.scripted import ScriptedEngine
+from service.routing.backends import Backend, Backends
 from tests.service.serving import Store
 
 
@@ -29,7 +30,7 @@ class Refreshes:
     async def until(self, condition: Callable[[], bool], within_s: float = 10.0) -> None:
         async with asyncio.timeout(within_s):
             while not condition():  # noqa: ASYNC110 (warming goes on after the news)
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)  # the threads that are waited for need the interpreter
 
 
 @asynccontextmanager
@@ -47,7 +48,7 @@ async def following(
     catalog = Catalog(
         registry.database,
         registry,
-        engine,
+        Backends([Backend("local", engine)]),
         base_name="demo-base",
         base_fingerprint=store.base.fingerprint,
         poll_s=poll_s,
@@ -61,7 +62,7 @@ async def following(
     try:
         async with asyncio.timeout(10):
             while catalog.settled is not settled:  # noqa: ASYNC110 (it is asked for)
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)  # the threads that are waited for need the interpreter
         yield catalog, refreshes
     finally:
         task.cancel()

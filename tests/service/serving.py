@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvicorn
 from litestar.testing import AsyncTestClient
 
 from prompt_store.access import ANONYMOUS
@@ -22,6 +26,7 @@ from prompt_store.prompts.version import PromptVersion, TextPayload
 from service.app import create_app
 from service.engines.base import Engine
 from service.engines.base_model import BaseModel
+from service.routing.backends import Backend
 from service.settings import Settings, load_settings
 from tests.conftest import BASE_FOLDER, random_prompt
 
@@ -69,8 +74,12 @@ class Store:
         new = NewVersion(task=task, payload_content=content, base_fingerprint=fingerprint)
         return self.registry.publish(new, alias, "a test", ANONYMOUS).version
 
-    def settings(self, *, fall_back: bool = False, **server: Any) -> Settings:
-        overrides = {
+    def settings(
+        self, *, fall_back: bool = False, backends: Mapping[str, Any] | None = None, **server: Any
+    ) -> Settings:
+        """`backends` as in `[backends.NAME]`, the rest as in `[server]`."""
+        overrides: dict[str, dict[str, Any]] = {
+            "backends": dict(backends or {}),
             "store": {"url": self.location, "poll_s": 0.01, "fall_back_when_damaged": fall_back},
             "base": {"path": BASE_FOLDER, "name": "demo-base"},
             "server": {"drain_s": 1, **server},
@@ -101,11 +110,51 @@ def filled(location: str | Path, base: BaseModel) -> Store:
 
 
 @asynccontextmanager
-async def client_of(store: Store, engine: Engine, **settings: Any) -> AsyncIterator[AsyncTestClient[Any]]:
-    """The ready application, spoken to in this process; `settings` as in `Store.settings`."""
-    app = create_app(store.settings(**settings), engine=engine)
+async def client_of(
+    store: Store,
+    engine: Engine,
+    *,
+    backends: Sequence[Backend] = (),
+    remote: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> AsyncIterator[AsyncTestClient[Any]]:
+    """The ready application, spoken to in this process; `remote` are backends of its settings, see `Store.settings`."""
+    app = create_app(store.settings(backends=remote, **settings), engine=engine, backends=backends)
     async with AsyncTestClient(app, raise_server_exceptions=False) as client:
         async with asyncio.timeout(10):
             while not (await client.get("/health/ready")).json()["warm"]:  # noqa: ASYNC110 (it is asked for)
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)  # the threads that are waited for need the interpreter
         yield client
+
+
+def chunks(text: str) -> list[Any]:
+    """What a stream of OpenAI's form says before its end."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+@contextmanager
+def listening(
+    store: Store,
+    engine: Engine,
+    *,
+    backends: Sequence[Backend] = (),
+    remote: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Iterator[str]:
+    """The address of the ready application under its real server, in a thread; the rest as `client_of`."""
+    ready = threading.Event()
+    app = create_app(
+        store.settings(backends=remote, **settings), engine=engine, backends=backends, on_ready=lambda _: ready.set()
+    )
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        thread.start()
+        try:
+            assert ready.wait(30)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

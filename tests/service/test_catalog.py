@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from dataclasses import replace
+from datetime import date
 
 import pytest
 from sqlalchemy import update
@@ -11,22 +11,24 @@ from sqlalchemy import update
 from prompt_store.access import ANONYMOUS
 from prompt_store.database import Database
 from prompt_store.errors import (
-    NotYetSupported,
     SchemaMismatch,
     StoreError,
     StoreUnavailable,
     UnknownAlias,
     UnknownVersion,
 )
-from prompt_store.prompts.registry import Registry, StoreSnapshot
+from prompt_store.prompts.registry import NewVersion, Registry, StoreSnapshot
 from prompt_store.prompts.soft_prompt import SoftPrompt
-from prompt_store.routes import DirectRoute
+from prompt_store.prompts.version import EnsemblePayload, PromptVersion, RemoteModelPayload
+from prompt_store.routing.calibrations import Calibration
+from prompt_store.routing.routes import DirectRoute, TaskRoute, parse_task_route
 from prompt_store.tables import route_revisions, versions
 from service.catalog import Catalog
 from service.engines.base import EngineStats, SoftPromptReference
 from service.engines.base_model import BaseModel
 from service.engines.errors import EngineUnavailable, GenerationFailed
 from service.engines.scripted import ScriptedEngine
+from service.routing.backends import Backend, Backends
 from tests.conftest import random_prompt
 from tests.postgresql import running_server
 from tests.service.following import following
@@ -46,7 +48,8 @@ async def test_a_publish_elsewhere_is_warmed_and_then_served(store: Store) -> No
 async def test_a_request_in_flight_keeps_the_snapshot_it_started_with(store: Store) -> None:
     async with following(store, ScriptedEngine()) as (catalog, refreshes):
         before = catalog.snapshot
-        target = catalog.resolve("intents")
+        target = catalog.resolve("intents").target
+        assert target is not None
         store.publish("intents", random_prompt(2, 4))
         await refreshes.until(lambda: catalog.snapshot is not before)
         assert target.label == "intents@v1"
@@ -203,7 +206,7 @@ async def test_names_that_are_not_there_name_the_nearest(store: Store) -> None:
 def test_before_the_first_load_requests_are_told_to_come_back(store: Store) -> None:
     database = Database.open(store.location)
     catalog = Catalog(
-        database, Registry(database), ScriptedEngine(), base_name="b", base_fingerprint="f", poll_s=1,
+        database, Registry(database), Backends([]), base_name="b", base_fingerprint="f", poll_s=1,
         on_refresh=lambda _: None, on_failure=lambda: None,
     )  # fmt: skip
     with pytest.raises(EngineUnavailable, match="starting"):
@@ -277,7 +280,7 @@ async def test_what_another_release_wrote_refuses_itself_alone(store: Store) -> 
     store.task(COPY)
     store.publish("copy", random_prompt(5, 4))
     store.publish("intents", random_prompt(2, 4), alias="candidate")
-    store.registry.apply_route("copy", DirectRoute(), ANONYMOUS)
+    store.registry.apply_route("copy", TaskRoute(route=DirectRoute()), ANONYMOUS)
     with store.registry.database.write() as connection:
         connection.execute(update(versions).where(versions.c.number == 2).values(payload='{"kind": "hologram"}'))
         connection.execute(update(route_revisions).values(document='{"kind": "lottery"}'))
@@ -291,15 +294,16 @@ async def test_what_another_release_wrote_refuses_itself_alone(store: Store) -> 
         assert catalog.resolve("copy@production").label == "copy@v1"
 
 
-async def test_a_route_that_nothing_serves_yet_is_refused_when_it_is_followed(store: Store) -> None:
+async def test_a_route_of_several_leaves_is_left_to_whoever_follows_it(store: Store) -> None:
     leaves = [{"kind": "direct"}, {"kind": "direct", "version": "v1"}]
-    store.registry.apply_route("intents", DirectRoute(), ANONYMOUS)
-    with store.registry.database.write() as connection:
-        connection.execute(update(route_revisions).values(document=json.dumps({"kind": "fallback", "routes": leaves})))
+    backends = [Backend("local", ScriptedEngine()).describe()]
+    route = parse_task_route({"route": {"kind": "fallback", "routes": leaves}, "deadline_s": 3})
+    store.registry.apply_route("intents", route, ANONYMOUS, backends=backends)
     async with following(store, ScriptedEngine()) as (catalog, _):
-        with pytest.raises(NotYetSupported, match="is of kind 'fallback'"):
-            catalog.resolve("intents")
-        assert catalog.resolve("intents@v1").label == "intents@v1"
+        plan = catalog.resolve("intents")
+        assert (plan.target, plan.route, plan.deadline_s) == (None, route.route, 3)
+        named = catalog.resolve("intents@v1")
+        assert (named.label, named.deadline_s) == ("intents@v1", 3)
 
 
 async def test_a_prefix_is_warmed_and_referred_to_like_a_soft_prompt(store: Store) -> None:
@@ -307,7 +311,57 @@ async def test_a_prefix_is_warmed_and_referred_to_like_a_soft_prompt(store: Stor
     version = store.publish("intents", prefix)
     engine = ScriptedEngine()
     async with following(store, engine) as (catalog, _):
-        target = catalog.resolve("intents")
+        target = catalog.resolve("intents").target
+        assert target is not None
         assert (target.label, engine.warmed) == ("intents@v2", {prefix.digest})
-        (reference,) = catalog.references(version)
+        (reference,) = catalog.references(catalog.task(version.task), version)
         assert (reference.digest, reference.length, reference.load()) == (prefix.digest, 6, prefix)
+
+
+async def test_what_a_route_names_is_warmed_though_no_alias_points_at_it(store: Store) -> None:
+    prompt = random_prompt(2, 4)
+    store.publish("intents", prompt, alias=None)
+    engine = ScriptedEngine()
+    backend = Backend("local", engine).describe()
+    route = parse_task_route({"kind": "fallback", "routes": [{"kind": "direct"}, {"kind": "direct", "version": "v2"}]})
+    store.registry.apply_route("intents", route, ANONYMOUS, backends=[backend])
+    async with following(store, engine) as (_, refreshes):
+        assert engine.warmed == {random_prompt(1, 4).digest, prompt.digest}
+        store.registry.apply_route("intents", parse_task_route({"kind": "direct"}), ANONYMOUS, backends=[backend])
+        await refreshes.until(lambda: engine.warmed == {random_prompt(1, 4).digest})
+
+
+async def test_an_ensemble_in_flight_keeps_members_that_are_deleted_meanwhile(store: Store) -> None:
+    members = tuple(store.publish("intents", random_prompt(seed, 4), alias=None).digest for seed in (2, 3))
+    payload = EnsemblePayload(members=members, base_fingerprint=store.base.fingerprint)
+    store.registry.publish(NewVersion("intents", payload), None, "", ANONYMOUS)
+    async with following(store, ScriptedEngine()) as (catalog, refreshes):
+        plan = catalog.resolve("intents@v4")
+        for label in ("v4", "v3", "v2"):
+            store.registry.delete_version("intents", label, reason="old", principal=ANONYMOUS)
+        await refreshes.until(lambda: len(catalog.task("intents").versions) == 1)
+        assert plan.task is not None
+        assert plan.target is not None
+        assert plan.target.version is not None
+        assert len(catalog.references(plan.task, plan.target.version)) == 2
+
+
+async def test_what_is_learnt_of_a_version_later_reaches_whoever_serves_it(store: Store) -> None:
+    registry, model = store.registry, RemoteModelPayload(provider="acme", model="large")
+    digest = registry.publish(NewVersion("intents", model), None, "", ANONYMOUS).version.digest
+    async with following(store, ScriptedEngine()) as (catalog, refreshes):
+
+        def shutdown() -> date | None:
+            version = catalog.snapshot.tasks["intents"].versions[digest]
+            return version.shutdown_date if isinstance(version, PromptVersion) else None
+
+        for day in (date(2031, 1, 2), date(2031, 2, 3), None):
+            registry.note_shutdown("intents", digest, day, ANONYMOUS)
+            await refreshes.until(lambda day=day: shutdown() == day)  # type: ignore[misc]
+        for threshold in (-0.5, -0.25):
+            measured = {"measure": "mean_logprob", "threshold": threshold, "target": 0.9}
+            found = Calibration(**measured, version=digest, accuracy=0.9, accepted_share=0.5, rows=20)  # type: ignore[arg-type]
+            registry.calibrate(found, ANONYMOUS)
+            await refreshes.until(
+                lambda found=found: catalog.snapshot.tasks["intents"].calibrations == {(digest, "mean_logprob"): found}  # type: ignore[misc]
+            )

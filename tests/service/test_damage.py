@@ -11,7 +11,7 @@ from prompt_store.access import ANONYMOUS
 from prompt_store.errors import DamagedArtifact
 from prompt_store.prompts.registry import NewVersion
 from prompt_store.prompts.version import EnsemblePayload, PromptVersion, payload_tensors
-from prompt_store.routes import DirectRoute
+from prompt_store.routing.routes import DirectRoute, TaskRoute
 from prompt_store.tables import tensors, version_tensors
 from service.engines.scripted import ScriptedEngine
 from tests.conftest import random_prompt
@@ -60,9 +60,10 @@ async def test_a_damaged_version_that_nobody_warmed_is_noticed_when_it_is_first_
     damaged = store.publish("intents", random_prompt(2, 4), alias=None)
     flip(store, damaged)
     async with following(store, ScriptedEngine()) as (catalog, _):
-        target = catalog.resolve("intents@v2")
+        target = catalog.resolve("intents@v2").target
+        assert target is not None
         assert target.version is not None
-        (reference,) = catalog.references(target.version)
+        (reference,) = catalog.references(catalog.task(target.version.task), target.version)
         with pytest.raises(DamagedArtifact, match="is damaged on disk"):
             await asyncio.to_thread(reference.load)
         with pytest.raises(DamagedArtifact, match="is damaged on disk"):
@@ -93,7 +94,7 @@ async def test_an_alias_falls_back_to_its_newest_whole_target_where_that_is_want
             with pytest.raises(DamagedArtifact):
                 catalog.resolve(name)
         flip(store, second)
-        store.registry.apply_route("intents", DirectRoute(version="production"), ANONYMOUS)
+        store.registry.apply_route("intents", TaskRoute(route=DirectRoute(version="production")), ANONYMOUS)
         await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v2")
         flip(store, third)
         store.task(COPY)

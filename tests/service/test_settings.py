@@ -66,3 +66,22 @@ def test_a_store_that_is_no_text_is_refused_without_what_it_is() -> None:
     with pytest.raises(SettingsError, match="setting store") as refused:
         load_settings(None, {}, {"store": {"url": ["postgresql://softcue:s3cret@db/softcue"]}})
     assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[backends.a]\nflavour = 'openai'\n", "setting backends.a.kind: is missing; make it"),
+        ("[backends.a]\nkind = 'openai'\n", "setting backends.a.kind: is openai; make it openai_compatible or vllm"),
+        ("[backends.a]\nkind = 'vllm'\n", "setting backends.a: a vLLM backend has no address"),
+        ("[backends.a]\nkind = 'vllm'\nurl = 'http://a'\nconcurrency = 0\n", "setting backends.a.concurrency: Input"),
+        ("[backends.local]\nkind = 'vllm'\nurl = 'http://a'\n", "setting backends.local: 'local' is the engine"),
+        ("[engine]\nenabled = false\n", "engine.enabled is false and there are no [backends], so nothing would answer"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_backend_is_said_by_the_key_that_was_written(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "softcue.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(file, {})
+    assert str(caught.value).startswith(said)

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from litestar.testing import AsyncTestClient
+from referencing import Registry
 
 from service.engines.base_model import BaseModel
 from service.engines.scripted import ScriptedEngine
+from tests import openai_contract
 from tests.service.serving import Store, client_of, filled
 
 
@@ -28,3 +30,8 @@ def engine() -> ScriptedEngine:
 async def client(store: Store, engine: ScriptedEngine) -> AsyncIterator[AsyncTestClient[Any]]:
     async with client_of(store, engine) as client:
         yield client
+
+
+@pytest.fixture
+def contract() -> Registry[Any]:
+    return openai_contract.contract()

@@ -125,3 +125,13 @@ async def test_a_client_that_leaves_while_a_send_is_stuck_closes_the_source() ->
     await answering
     assert source.closed
     assert len(connection.sent) == 1
+
+
+async def test_a_stream_that_is_cancelled_from_outside_closes_its_source_and_stays_cancelled() -> None:
+    connection, source = Connection(), Source(b"one", asyncio.Event())
+    answering = asyncio.create_task(source.answer(connection))
+    await connection.sending.wait()
+    answering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await answering
+    assert (source.ended, source.closed) == (True, True)

@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import pytest
-import yaml
-from jsonschema import Draft202012Validator
 from litestar.testing import AsyncTestClient
-from referencing import Registry, Resource
-from referencing.jsonschema import DRAFT202012
+from referencing import Registry
 
-from tests.conftest import shared_file
-
-
-def nullable(schema: Any) -> Any:
-    """The description mixes in OpenAPI 3.0's `nullable`, which JSON Schema does not know."""
-    if isinstance(schema, list):
-        return [nullable(entry) for entry in schema]
-    if not isinstance(schema, dict):
-        return schema
-    plain = {key: nullable(value) for key, value in schema.items() if key != "nullable"}
-    return {"anyOf": [plain, {"type": "null"}]} if schema.get("nullable") is True else plain
-
-
-@pytest.fixture(scope="module")
-def contract() -> Registry[Any]:
-    file = shared_file("contracts", "openai-openapi.yaml")
-    document = nullable(yaml.load(file.read_text("utf-8"), Loader=yaml.CSafeLoader))
-    return Registry().with_resource("urn:openai", Resource(contents=document, specification=DRAFT202012))
-
-
-def check(contract: Registry[Any], schema: str, body: Any) -> None:
-    validator = Draft202012Validator({"$ref": f"urn:openai#/components/schemas/{schema}"}, registry=contract)
-    problems = [f"{error.json_path}: {error.message}" for error in validator.iter_errors(body)]
-    assert not problems, problems
-
+from tests.openai_contract import check
+from tests.service.serving import chunks
 
 ASKED: dict[str, Any] = {"model": "intents", "messages": [{"role": "user", "content": "hello you"}]}
 
@@ -56,12 +28,6 @@ async def test_answers_have_openais_shapes(contract: Registry[Any], client: Asyn
     for refused in ({"model": "nope"}, {"n": 0}, {"messages": []}):
         error = await client.post("/v1/chat/completions", json={**ASKED, **refused})
         check(contract, "ErrorResponse", error.json())
-
-
-def chunks(text: str) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    assert lines.pop() == "[DONE]"
-    return [json.loads(line) for line in lines]
 
 
 async def test_every_chunk_of_a_stream_has_openais_shape(contract: Registry[Any], client: AsyncTestClient[Any]) -> None:
