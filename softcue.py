@@ -1,4 +1,4 @@
-"""The command line: `softcue serve | register-base | prompts | tune`. Each package brings its own commands."""
+"""The command line: `softcue serve | register-base | prompts | routes | tune`. Each package brings its own commands."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Annotated
 import typer
 
 from prompt_store.commands import app as prompts
-from service.commands import register_base, serve
+from prompt_store.commands.routes import app as routes
+from prompt_store.commands.routes import read_backends
+from service.commands import backends_of, register_base, serve
 from training.commands import app as tune
+from training.commands import calibrating
 
 app = typer.Typer(
     name="softcue", help="Serve tuned prompts: one frozen base model, a soft prompt for every task.",
@@ -27,7 +30,10 @@ def softcue(version: Annotated[bool, typer.Option("--version", help="Print the v
         raise typer.Exit
 
 
+read_backends(backends_of)
+routes.add_typer(calibrating)
 app.add_typer(prompts, name="prompts")
+app.add_typer(routes, name="routes")
 app.add_typer(tune, name="tune")
 
 

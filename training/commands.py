@@ -1,25 +1,29 @@
-"""`softcue tune`: the only place that draws progress bars."""
+"""`softcue tune` and `softcue routes calibrate`: the only place that draws progress bars."""
 
 from __future__ import annotations
 
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prompt_store.commands.options import DEFAULT_STORE, StoreOption, opened, refuse
+from prompt_store.commands.options import DEFAULT_STORE, StoreOption, TaskArgument, opened, refuse
 
 if TYPE_CHECKING:
+    from training.asking import Question
+    from training.calibrating import Judged, Share, Threshold
+    from training.dataset import Example
     from training.run import Event, Finished, Started
 
 _NAMED_ROWS = 20
 
 app = typer.Typer(help="Tune soft prompts and publish them.", no_args_is_help=True)
+calibrating = typer.Typer()
 
 
 @app.callback()
@@ -64,6 +68,104 @@ def soft_prompt(
             shutil.copyfile(file, save_to / file.name)
     if not finished.verdict.passed:
         raise typer.Exit(2)
+
+
+@calibrating.command()
+def calibrate(
+    task: TaskArgument,
+    version: Annotated[str, typer.Option(metavar="SELECTOR", help="The version: v7, a digest or an alias.")],
+    measure: Annotated[
+        str, typer.Option(help="What confidence means: mean_logprob, quantile_logprob:0.1, margin or agreement.")
+    ],
+    data: Annotated[Path, typer.Option(help="Rows that the version was not tuned on, JSONL as for tuning.")],
+    target: Annotated[float, typer.Option(min=0.0, max=1.0, help="How good accepted answers shall be on average.")],
+    url: Annotated[str, typer.Option(help="Where the service answers.")] = "http://127.0.0.1:8000",
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="How many rows are asked at once.")] = 8,
+    reason: Annotated[str, typer.Option(help="Why, for the history.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Find from which confidence on a version's answers are good enough for a cascade, and keep it with the version.
+
+    A running service is asked every row. An answer is worth what the task's first metric says.
+    """
+    from prompt_store.access import command_line_principal
+    from prompt_store.routing.calibrations import Calibration
+    from prompt_store.routing.routes import check_measure
+    from training.asking import Question
+    from training.calibrating import find_threshold
+    from training.dataset import Findings, dataset_use, read_examples
+    from training.errors import TrainingError
+    from training.scorers import SCORERS, metric_names
+
+    with opened(store) as registry:
+        try:
+            check_measure(measure)
+            found = registry.version(task, version)
+            revision = registry.task_revision(found.task_revision).task
+            findings = Findings()
+            examples = read_examples(data, revision, findings)
+            for line in findings.lines(_NAMED_ROWS):
+                typer.secho(line, fg=typer.colors.YELLOW, err=True)
+            label = f"{task}@{found.label}"
+            metric = metric_names(revision)[0]
+            question = Question(revision, found.digest, label, measure, SCORERS[metric])
+            threshold = find_threshold(_ask(url, question, examples, concurrency), target)
+        except (TrainingError, ValueError) as error:
+            refuse(str(error))
+        calibration = Calibration(
+            version=found.digest,
+            measure=measure,
+            threshold=threshold.value,
+            target=target,
+            accuracy=threshold.accepted.mean,
+            accepted_share=threshold.accepted_share,
+            rows=threshold.all_rows.rows,
+            dataset=dataset_use(data, len(examples)).digest,
+        )
+        registry.calibrate(calibration, command_line_principal(), reason=reason)
+    for line in _calibrated(label, measure, metric, threshold):
+        typer.echo(line)
+
+
+def _ask(url: str, question: Question, examples: Sequence[Example], concurrency: int) -> list[Judged]:
+    """Every answer, judged, with a bar while they come."""
+    import asyncio
+    from contextlib import aclosing
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from training.asking import ask_each
+
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+    async def ask() -> list[Judged]:
+        judged = []
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            line = bar.add_task(question.label, total=len(examples))
+            async with aclosing(ask_each(url, question, examples, concurrency)) as answers:
+                async for answer in answers:
+                    judged.append(answer)
+                    bar.advance(line)
+        return judged
+
+    return asyncio.run(ask())
+
+
+def _calibrated(label: str, measure: str, metric: str, threshold: Threshold) -> Iterator[str]:
+    def shown(share: Share) -> str:
+        low, high = share.interval
+        return f"{share.mean:.1%} (95% interval {low:.1%} to {high:.1%})"
+
+    accepted, rows = threshold.accepted, threshold.all_rows.rows
+    yield (
+        f"{label} by {measure}: from {threshold.value:.6g} on, {accepted.rows} of {rows} answers are accepted "
+        f"({threshold.accepted_share:.1%}), with {metric} {shown(accepted)}."
+    )
+    yield f"As many accepted at random, for the same cost: {shown(threshold.all_rows)}."
+    if threshold.unknown:
+        yield f"{threshold.unknown} of {rows} answers had no confidence; such are never accepted."
+    yield "It is stored: a cascade may answer with this version first."
 
 
 class _StopOnInterrupt:

@@ -90,11 +90,11 @@ def load_dataset(recipe: Recipe, task: Task, base: BaseModel) -> Dataset:
     findings = Findings()
     train_file = recipe.path(recipe.data.train)
     rows = _fitting(read_examples(train_file, task, findings), task, base, recipe.prompt.length, findings)
-    files = [_use(train_file, len(rows))]
+    files = [dataset_use(train_file, len(rows))]
     if recipe.data.test is not None:
         test_file = recipe.path(recipe.data.test)
         test = _fitting(read_examples(test_file, task, findings), task, base, recipe.prompt.length, findings)
-        files.append(_use(test_file, len(test)))
+        files.append(dataset_use(test_file, len(test)))
         _refuse_shared(rows, test)
     else:
         test = [row for row in rows if _share(row, "test") < recipe.data.test_fraction]
@@ -215,7 +215,8 @@ def _share(example: Example, purpose: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _use(file: Path, rows: int) -> DatasetUse:
+def dataset_use(file: Path, rows: int) -> DatasetUse:
+    """A file and how many of its rows are used, by the content of all of it."""
     return DatasetUse(name=file.name, digest=hashlib.sha256(file.read_bytes()).hexdigest(), rows=rows)
 
 

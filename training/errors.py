@@ -5,6 +5,7 @@ TrainingError
 ├── DatasetError          examples that cannot be used, each named by file, line and reason
 ├── InitialisationError   the prompt cannot start as asked
 ├── CheckpointError       a checkpoint that cannot be resumed
+├── CalibrationError      no threshold can be found, or the service that is asked does not answer
 └── Diverged              the loss stopped being a number
 """
 
@@ -29,6 +30,10 @@ class InitialisationError(TrainingError):
 
 class CheckpointError(TrainingError):
     """A checkpoint that cannot be resumed."""
+
+
+class CalibrationError(TrainingError):
+    """A cascade's threshold cannot be found."""
 
 
 class Diverged(TrainingError):

@@ -30,8 +30,7 @@ from service.engines.local.model_runner import ModelRunner
 from service.engines.local.options import EngineOptions
 from service.engines.local.thread import ThreadHost
 from training.dataset import Example
-from training.errors import RecipeError
-from training.scorers import SCORERS
+from training.scorers import SCORERS, metric_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +52,6 @@ class Evaluation:
         """The first answers that are not the expected ones."""
         wrong = (row for row in self.answers if not SCORERS["exact_match"](row.example, row.answer))
         return list(itertools.islice(wrong, count))
-
-
-def metric_names(task: Task) -> list[str]:
-    """The metrics that a task is evaluated by. Raises RecipeError for one that no scorer here computes."""
-    names = [metric.name for metric in task.metrics] or ["accuracy" if task.kind == "classify" else "exact_match"]
-    for name in names:
-        if name not in SCORERS:
-            raise RecipeError(
-                f"task '{task.name}' has metric '{name}', which is not known; known: {', '.join(SCORERS)}"
-            )
-    return names
 
 
 async def evaluate(

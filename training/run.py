@@ -22,18 +22,19 @@ from prompt_store.prompts.registry import Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Message, Task, load_task
 from prompt_store.prompts.version import PromptVersion, Provenance, SoftPromptPayload, TextPayload
-from prompt_store.routes import DEFAULT_ALIAS
+from prompt_store.routing.routes import DEFAULT_ALIAS
 from service.engines.base_model import BaseModel, open_base_model
 from service.engines.local.weights import embedding_matrix, load_weights
 from training import checkpoint, report
 from training.checkpoint import Progress
 from training.dataset import Dataset, load_dataset, tokenise
 from training.errors import RecipeError
-from training.evaluate import Evaluation, Evaluator, metric_names
+from training.evaluate import Evaluation, Evaluator
 from training.initialise import initial_prompt
 from training.optimise import Optimiser, Step
 from training.publish import Verdict, gain, judge, publish
 from training.recipe import Recipe
+from training.scorers import metric_names
 
 _TRAINING_ATTENTION = "sdpa"
 

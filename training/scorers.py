@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from prompt_store.prompts.task import Task
 from training.dataset import Example
+from training.errors import RecipeError
 
 _NOT_JSON = object()
 
@@ -40,6 +42,17 @@ SCORERS: Mapping[str, Scorer] = {
     "json_validity": json_validity,
     "field_coverage": field_coverage,
 }
+
+
+def metric_names(task: Task) -> list[str]:
+    """The metrics that a task is evaluated by. Raises RecipeError for one that no scorer here computes."""
+    names = [metric.name for metric in task.metrics] or ["accuracy" if task.kind == "classify" else "exact_match"]
+    for name in names:
+        if name not in SCORERS:
+            raise RecipeError(
+                f"task '{task.name}' has metric '{name}', which is not known; known: {', '.join(SCORERS)}"
+            )
+    return names
 
 
 def _json(text: str) -> Any:
