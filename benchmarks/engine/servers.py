@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -110,21 +110,23 @@ def start_softcue(name: str, base: Path, store: Path, environment: Mapping[str, 
     return Server(name, command, {**os.environ, **(environment or {})}, port, "/health/ready", ROOT)
 
 
-def start_vllm(name: str, python: Path, base: Path) -> Server:
+def start_vllm(
+    name: str, python: Path, base: Path, options: Sequence[str] = (), cores: Collection[int] | None = None
+) -> Server:
     """vLLM's CPU server as it is fastest: blocks of 32 share P=100, both libraries preloaded, a thread a core.
 
-    Raises ServerFailed when it does not start.
+    `cores` are all that there are unless told. Raises ServerFailed when it does not start.
     """
     port = _free_port()
     command = [str(python), "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enable-prompt-embeds", "--dtype", "float32"]
-    command += ["--block-size", "32", "--max-model-len", str(CONTEXT_LENGTH)]
+    command += ["--block-size", "32", "--max-model-len", str(CONTEXT_LENGTH), *options]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "2",
         # Left to itself it keeps one core free, which was measured a third slower on two cores.
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(cores or os.sched_getaffinity(0)))),
         "LD_PRELOAD": ":".join(_preloaded(python)),
     }
     return Server(name, command, environment, port, "/health", BUILD_FOLDER)

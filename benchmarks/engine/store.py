@@ -12,7 +12,7 @@ from prompt_store.database import Database
 from prompt_store.prompts.registry import NewVersion, Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import parse_task
-from prompt_store.routes import DEFAULT_ALIAS
+from prompt_store.routing.routes import DEFAULT_ALIAS
 from service.engines.base_model import open_base_model
 
 
