@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from tests.conftest import BASE_FOLDER
-from tests.test_journey import Server, running
+from tests.processes import Server, running
 
 ASKED: Any = [{"role": "user", "content": "can i talk to a person about the heater"}]
 

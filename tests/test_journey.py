@@ -10,73 +10,18 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
-from typing import IO, TypeVar
 
 import httpx
 import openai
 import pytest
-from openai import OpenAI
 
 from tests.conftest import BASE_FOLDER
+from tests.processes import Server, eventually, running, softcue, start
 from tests.training.recipes import write_recipe
-
-T = TypeVar("T")
-
-COMMAND = [sys.executable, "-m", "softcue"]
-
-
-def softcue(*arguments: str | Path, code: int = 0) -> str:
-    """Run a command to its end; returns what it printed."""
-    result = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
-def eventually(ask: Callable[[], T], expected: Callable[[T], bool], within_s: float = 30.0) -> T:
-    """Ask until the answer is the expected one. A deadline only: what is slow is not wrong."""
-    deadline = time.monotonic() + within_s
-    while not expected(answer := ask()):
-        assert time.monotonic() < deadline, f"still {answer!r} after {within_s} s"
-    return answer
-
-
-@dataclass
-class Server:
-    """A running `softcue serve`."""
-
-    process: subprocess.Popen[str]
-    url: str
-    log: Path
-
-    @property
-    def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
-        found = re.search(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
-        assert found, name
-        return float(found[1])
-
-    def engine_process(self) -> int:
-        """The process id of the engine, the server's only child."""
-        threads = Path(f"/proc/{self.process.pid}/task").iterdir()
-        children = [child for thread in threads for child in (thread / "children").read_text().split()]
-        assert len(children) == 1
-        return int(children[0])
-
-    def wait_ready(self) -> None:
-        def ready() -> int:
-            assert self.process.poll() is None, self.log.read_text()
-            return httpx.get(f"{self.url}/health/ready").status_code
-
-        eventually(ready, lambda status: status == 200, 60)
 
 
 @pytest.fixture
@@ -85,27 +30,6 @@ def server(tmp_path: Path) -> Iterator[Server]:
     arguments = ["serve", "--port", "0", "--store", str(tmp_path / "store.db"), "--base", str(BASE_FOLDER)]
     with running(arguments, tmp_path / "server.log") as server:
         yield server
-
-
-@contextmanager
-def running(arguments: list[str], log: Path) -> Iterator[Server]:
-    """A ready server; whatever is left of it at the end is killed."""
-    with log.open("w") as output:
-        process = start(arguments, output)
-        try:
-            found = eventually(
-                lambda: re.search(r"starting on (http://\S+)", log.read_text()) or process.poll(),
-                lambda answer: answer is not None,
-            )
-            assert isinstance(found, re.Match), log.read_text()
-            server = Server(process, found[1], log)
-            eventually(lambda: reachable(server.url), bool)
-            server.wait_ready()
-            yield server
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
 
 
 def test_what_the_example_server_prints_works_as_printed(tmp_path: Path) -> None:
@@ -129,17 +53,6 @@ def test_what_the_example_server_prints_works_as_printed(tmp_path: Path) -> None
         assert result.stdout.strip() == answer["label"]
         served = server.client.models.list().data
         assert {"demo-base", "support_intents", "product_copy@v1"} <= {model.id for model in served}
-
-
-def start(arguments: list[str], output: IO[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen([*COMMAND, *arguments], stdout=output, stderr=output, text=True)
-
-
-def reachable(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health/live").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_tune_publish_serve_stream_roll_back_and_survive(server: Server, tmp_path: Path) -> None:
@@ -292,6 +205,11 @@ def test_a_port_in_use_and_a_missing_base_are_told_apart_with_remedies(server: S
     assert "see --port" in taken
     missing = softcue("serve", "--port", "0", "--store", tmp_path / "s.db", "--base", tmp_path / "nowhere", code=1)
     assert "no base model at" in missing
+    assert "enabled = false" not in missing
+    settings = tmp_path / "softcue.toml"
+    settings.write_text('[backends.a]\nkind = "openai_compatible"\nurl = "http://127.0.0.1:1/v1"\n')
+    remote = softcue("serve", "--config", settings, "--port", "0", "--base", tmp_path / "nowhere", code=1)
+    assert "Without a base model, [engine] enabled = false serves the backends" in remote
     assert "Traceback" not in taken + missing
 
 

@@ -6,18 +6,12 @@ the same; SOFTCUE_FUZZ_EXAMPLES=300 makes it long (see `make check-slow`).
 
 from __future__ import annotations
 
-import asyncio
 import os
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
@@ -28,33 +22,15 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from service.app import create_app
 from service.engines.base_model import BaseModel
 from service.engines.scripted import ScriptedEngine
-from tests.service.serving import Store, filled
+from tests.service.serving import filled, listening
 
 EXAMPLES = int(os.environ.get("SOFTCUE_FUZZ_EXAMPLES", "4"))
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 # What is there, so that not every request ends at a name that is not.
-KNOWN = {"task": "copy", "selector": "v1", "alias": "production", "model": "copy"}
-
-
-@contextmanager
-def serving(store: Store) -> Iterator[str]:
-    """The application on a port of its own, in a thread."""
-    ready = threading.Event()
-    app = create_app(store.settings(), engine=ScriptedEngine(), on_ready=lambda _: ready.set())
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
-        thread.start()
-        try:
-            assert ready.wait(30)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+KNOWN = {"task": "copy", "selector": "v1", "alias": "production", "model": "copy", "name": "local"}
 
 
 @pytest.mark.parametrize("names", ["known names", "any names"])
@@ -63,7 +39,7 @@ def test_no_request_makes_the_service_fail(
     location: str, base: BaseModel, names: str, mode: GenerationMode, subtests: pytest.Subtests
 ) -> None:
     store = filled(location, base)
-    with store.registry.database, serving(store) as url:
+    with store.registry.database, listening(store, ScriptedEngine()) as url:
         schema = schemathesis.openapi.from_dict(httpx.get(f"{url}/schema/openapi.json").json())
         for operation in (result.ok() for result in schema.get_all_operations()):
 
