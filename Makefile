@@ -4,28 +4,32 @@
 # made long. Its parts, each a target of its own:
 #   slow-kill-loops       200 publishers killed at random moments on each database, then the whole store checked
 #   slow-fuzz             some hundred made-up requests to each endpoint, and damaged files to each reader
+#   slow-failing-provider 10,000 requests to a route whose provider fails three in ten times, in every way
+#   slow-vllm             the vLLM backend against two real servers, which are installed under build/peers at first
 #
 #   SKIP="fuzz ..."       parts that `make check-slow` leaves out
 #   PYTHON=python3.12     another interpreter for .venv (3.11 or newer)
 #   TORCH_BACKEND=cpu     install torch through uv for this backend (cpu, cu130, auto, ...) instead of pip's default build
 #   PORT=9000             another port for `make run`
+#   WORKERS=4             processes that `make test` shares the test files among
 
 PYTHON ?= python3
 PORT ?= 8000
+WORKERS ?= 2
 BIN := .venv/bin
 SOURCES := service prompt_store training tests benchmarks examples softcue.py
 EXAMPLES := support_intents product_copy data_questions
 
-SLOW := kill-loops fuzz
+SLOW := kill-loops fuzz failing-provider vllm
 SKIP ?=
 
-.PHONY: run test check lint types tests check-slow $(SLOW:%=slow-%) tune-examples bench-store bench-engine bench-engine-cuda bench-engine-soak bench-engine-peers clean
+.PHONY: run test check lint types tests check-slow $(SLOW:%=slow-%) tune-examples bench-store bench-engine bench-engine-cuda bench-engine-soak bench-engine-peers bench-gateway bench-gateway-peers clean
 
 run: .venv/.run
 	@exec $(BIN)/softcue serve --config examples/softcue.toml --port $(PORT)
 
 test: .venv/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 check: lint types test
 
@@ -41,8 +45,15 @@ check-slow: $(patsubst %,slow-%,$(filter-out $(SKIP),$(SLOW)))
 slow-kill-loops: .venv/.dev
 	SOFTCUE_KILLS=200 $(BIN)/pytest tests/prompt_store/test_kills.py
 
+slow-failing-provider: .venv/.dev
+	SOFTCUE_REQUESTS=10000 $(BIN)/pytest tests/service/routing/test_failing_provider.py
+
 slow-fuzz: .venv/.dev
 	SOFTCUE_FUZZ_EXAMPLES=50 $(BIN)/pytest tests/test_schema_fuzz.py tests/prompt_store/interchange/test_fuzz.py
+
+# Against two servers of the real vLLM: two minutes, and three more to install it for the first time.
+slow-vllm: .venv/.dev build/peers/.done
+	SOFTCUE_VLLM_PYTHON=build/peers/bin/python $(BIN)/pytest -m vllm tests/service/engines/remote/test_vllm.py
 
 # Tunes the three examples again and replaces their committed prompts and reports. The store is a new one, so that the
 # gate holds each against its hand-written text prompt.
@@ -79,7 +90,23 @@ build/peers/.done: build/peers/.torch
 	    || { echo "vLLM needs tcmalloc to be fast: sudo apt install libtcmalloc-minimal4" >&2; exit 1; }
 	@touch $@
 
-.venv/bin/python build/peers/bin/python:
+# The service beside LiteLLM's proxy and Portkey's gateway: six minutes. Existing ones are taken from the folder that
+# SOFTCUE_BENCH_GATEWAYS names.
+bench-gateway: .venv/.dev $(if $(SOFTCUE_BENCH_GATEWAYS),,build/peers-gateway/.done)
+	$(BIN)/python -m benchmarks.gateway
+
+# Both peers in a folder of their own. Portkey's needs Node.js, 20 or newer.
+bench-gateway-peers: build/peers-gateway/.done
+
+build/peers-gateway/.done: build/peers-gateway/litellm/bin/python benchmarks/gateway/portkey/package.json
+	@node -e 'process.exit(process.versions.node.split(".")[0] < 20 ? 1 : 0)' || { echo "Portkey's gateway needs Node.js 20 or newer" >&2; exit 1; }
+	build/peers-gateway/litellm/bin/pip install --quiet --disable-pip-version-check 'litellm[proxy]==1.108.7'
+	mkdir -p build/peers-gateway/portkey
+	cp benchmarks/gateway/portkey/package.json build/peers-gateway/portkey
+	npm install --silent --no-fund --no-audit --prefix build/peers-gateway/portkey
+	@touch $@
+
+.venv/bin/python build/peers/bin/python build/peers-gateway/litellm/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Softcue needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing: sudo apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(@:/bin/python=)
