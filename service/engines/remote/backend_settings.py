@@ -30,8 +30,6 @@ _KEY_WORDS = frozenset({"authorization", "auth", "key", "apikey", "token", "secr
 _Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 _Money = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
-DEFAULT_PRICE = "default"
-
 
 def _variable(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # it may be the key itself: it is not shown
