@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -302,6 +302,18 @@ async def test_models_say_when_a_provider_takes_one_away_and_what_it_answers_by(
     assert (one["shutdown_date"], one["parent"]) == ("2027-01-06", "ft:small:copy")
     assert listed["copy@v2"] == one
     assert (listed["copy@v1"]["parent"], "shutdown_date" in listed["copy@v1"]) == ("demo-base", False)
+
+
+async def test_metrics_and_log_say_when_a_route_loses_its_model(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    day = datetime.now(UTC).date() + timedelta(days=40)
+    store.registry.note_shutdown("copy", "v2", day, ANONYMOUS)
+    apply(store, "copy", FALLBACK)
+    async with serving(store, ScriptedEngine()) as client:
+        scraped = (await client.get("/metrics")).text.splitlines()
+    name = 'softcue_model_shutdown_timestamp_seconds{backend="acme",task="copy",version="v2"}'
+    (value,) = (line.removeprefix(name) for line in scraped if line.startswith(name))
+    assert datetime.fromtimestamp(float(value), UTC).date() == day
+    assert f"the route of task 'copy' loses v2 ('ft:small:copy' on backend 'acme') on {day}, in 40 days" in caplog.text
 
 
 async def test_a_task_that_no_backend_answers_is_not_listed_as_a_model(store: Store) -> None:
