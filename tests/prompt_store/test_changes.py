@@ -54,7 +54,7 @@ def test_a_watcher_sees_what_another_store_handle_wrote_once(registry: Registry)
         assert not watcher.poll()
         with Database.open(registry.database.location) as other:
             publish(Registry(other))
-        assert watcher.poll()
+        assert watcher.wait(10.0)
         assert watcher.sequence == 3
         assert not watcher.poll()
 
@@ -62,7 +62,7 @@ def test_a_watcher_sees_what_another_store_handle_wrote_once(registry: Registry)
 def test_a_watcher_sees_what_its_own_store_handle_wrote(registry: Registry) -> None:
     with closing(registry.watch()) as watcher:
         publish(registry)
-        assert watcher.poll()
+        assert watcher.wait(10.0)
 
 
 def test_a_write_that_is_no_change_wakes_nobody(registry: Registry) -> None:
@@ -74,8 +74,8 @@ def test_a_write_that_is_no_change_wakes_nobody(registry: Registry) -> None:
 def test_each_watcher_has_its_own_memory(registry: Registry) -> None:
     with closing(registry.watch()) as one, closing(registry.watch()) as other:
         publish(registry)
-        assert one.poll()
-        assert other.poll()
+        assert one.wait(10.0)
+        assert other.wait(10.0)
 
 
 def test_a_commit_of_another_process_ends_a_wait_within_a_moment(

@@ -159,16 +159,18 @@ def test_a_writer_that_hangs_is_waited_for_and_then_said(
 def test_a_writer_that_hangs_for_good_is_thrown_out(
     postgresql_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prompt_store.postgresql.IDLE_TIMEOUT_S", 0.2)
     registry = Registry(postgresql_database)
     registry.register_base(BASE, ANNA)
     registry.apply_task(task(), ANNA)
 
     def publish_elsewhere() -> None:
         # Waits for the lock until the server has ended the transaction that holds it.
+        monkeypatch.undo()
         with Database.open(postgresql_database.location) as other:
             assert publish(Registry(other)).version.label == "v1"
 
+    # A transaction takes the limit along that it began with.
+    monkeypatch.setattr("prompt_store.postgresql.IDLE_TIMEOUT_S", 1)
     with pytest.raises(StoreUnavailable, match="cannot be used now: "):
         write_twice(postgresql_database, publish_elsewhere)
     assert publish(registry, seed=2).version.label == "v2"

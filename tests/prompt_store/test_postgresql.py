@@ -95,7 +95,7 @@ def test_a_database_that_takes_no_writes_can_be_read_and_followed(postgresql_loc
     ):
         watcher = Registry(standby).watch()
         Registry(primary).register_base(BASE, ANNA)
-        assert watcher.poll()
+        assert watcher.wait(10.0)
         watcher.close()
         assert Registry(standby).bases() == [BASE]
         with pytest.raises(StoreUnavailable, match="it is read-only, maybe a standby"):
