@@ -8,8 +8,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from prompt_store.prompts.task import Message
-from service.engines.base import Messages, holds_only_text
+from service.engines.base import Messages
 from service.engines.errors import InvalidRequest, UnsupportedFeature
+from service.engines.features import holds_only_text
 
 
 class ContentPart(BaseModel):

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.api.chat_messages import ChatMessage
 from service.api.response_formats import ResponseFormatBody, StructuredOutputsBody, response_format
-from service.engines.base import HARMLESS_OPTIONS, MAX_CHOICES, Prompt, RawText, ResponseFormat, Sampling, TokenIds
+from service.engines.base import MAX_CHOICES, Prompt, RawText, ResponseFormat, Sampling, TokenIds
 from service.engines.errors import InvalidRequest, UnsupportedFeature
+from service.engines.features import HARMLESS_OPTIONS
 
 _PROVIDER_OPTIONS = (
     "reasoning_effort",

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from service.api.chat_messages import ChatMessage, ContentPart, conversation
 from service.api.response_formats import TextFormatBody, text_format
-from service.engines.base import HARMLESS_OPTIONS, MAX_LOGPROBS, Messages, ResponseFormat
+from service.engines.base import MAX_LOGPROBS, Messages, ResponseFormat
 from service.engines.errors import InvalidRequest, UnsupportedFeature
+from service.engines.features import HARMLESS_OPTIONS
 
 Role = Literal["system", "developer", "user", "assistant"]
 LOGPROBS = "message.output_text.logprobs"

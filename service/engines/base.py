@@ -14,7 +14,7 @@ from prompt_store.access import ANONYMOUS, Principal
 from prompt_store.prompts.prefix import Prefix
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.prompts.task import Message
-from service.engines.errors import InvalidRequest, UnsupportedFeature
+from service.engines.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 MAX_STOP_STRINGS = 16
@@ -25,8 +25,6 @@ MAX_LOGPROBS = 20
 _MANY = 2**31
 UNBOUNDED = _MANY - 1
 """`max_tokens` of an answer as long as the backend lets it be: a remote engine leaves the parameter out."""
-HARMLESS_OPTIONS = frozenset({"service_tier", "prompt_cache_key", "prompt_cache_retention"})
-"""Provider options that change nothing of an answer: a backend without such options may leave them aside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,9 +315,9 @@ GenerationEvent = Prompted | Delta | Finish
 class Capabilities:
     """What an engine serves: payload kinds of PromptVersion, and feature names.
 
-    Features are those that `required_features` gives, and `scores` (it answers ScoreRequests) and `follow_up` (it takes
-    a conversation with its own answer in it, so that a wrong answer can be corrected). `context_length` is 0 where it
-    is not known. `run_as` says how the base model's weights are run, such as "int8 on cpu".
+    Features are those that `features.required_features` gives, and `scores` (it answers ScoreRequests) and `follow_up`
+    (it takes a conversation with its own answer in it, so that a wrong answer can be corrected). `context_length` is 0
+    where it is not known. `run_as` says how the base model's weights are run, such as "int8 on cpu".
     """
 
     payload_kinds: frozenset[str]
@@ -388,68 +386,6 @@ def text_size(prompt: Prompt) -> int:
             return len(text)
         case TokenIds(ids):
             return len(ids)
-
-
-def required_features(request: GenerationRequest) -> dict[str, str]:
-    """The features a request needs beyond plain generation, each with the request's field that asks for it."""
-    sampling = request.sampling
-    rich = _first_rich_message(request.prompt)
-    option = next((name for name in request.provider_options if name not in HARMLESS_OPTIONS), "")
-    asked = {
-        "n": (request.n != 1, "n"),
-        "logprobs": (request.logprobs is not None, "logprobs"),
-        "prompt_logprobs": (request.prompt_logprobs is not None, "prompt_logprobs"),
-        "echo": (request.echo, "echo"),
-        "structured_output": (request.response_format.kind != "text", "response_format"),
-        "tools": (bool(request.tools), "tools"),
-        "rich_messages": (bool(rich), rich),
-        "provider_options": (bool(option), option),
-        "remote_model": (request.remote_model is not None, "model"),
-        "deadline": (request.deadline_s is not None, "deadline_s"),
-        "min_p": (sampling.min_p != 0.0, "min_p"),
-        "min_tokens": (sampling.min_tokens != 0, "min_tokens"),
-        "ignore_eos": (sampling.ignore_eos, "ignore_eos"),
-        "stop_token_ids": (bool(sampling.stop_token_ids), "stop_token_ids"),
-        "frequency_penalty": (sampling.frequency_penalty != 0.0, "frequency_penalty"),
-        "presence_penalty": (sampling.presence_penalty != 0.0, "presence_penalty"),
-        "repetition_penalty": (sampling.repetition_penalty != 1.0, "repetition_penalty"),
-        "logit_bias": (bool(sampling.logit_bias), "logit_bias"),
-    }
-    return {feature: parameter for feature, (wanted, parameter) in asked.items() if wanted}
-
-
-def check_supported(request: GenerationRequest, capabilities: Capabilities) -> None:
-    """Raise UnsupportedFeature when the request asks for what the engine does not serve: never ignore it."""
-    for feature, parameter in required_features(request).items():
-        if feature not in capabilities.features:
-            remedy = _INSTEAD.get(feature, "leave it out")
-            raise UnsupportedFeature(f"{parameter} is not served by this task's backend; {remedy}", parameter=parameter)
-
-
-_INSTEAD = {
-    "tools": (
-        "it answers in text and calls no tools, only remote backends can pass them on. Leave tools out, or ask for "
-        "JSON with response_format and call them yourself"
-    ),
-    "rich_messages": (
-        "it takes roles and texts alone, only remote backends can pass on names, tool calls, images and audio. Leave "
-        "them out"
-    ),
-}
-
-
-def holds_only_text(message: Mapping[str, Any]) -> bool:
-    """Whether a message in OpenAI's form says no more than a role and texts."""
-    if message.keys() != {"role", "content"} or message["role"] == "tool":
-        return False
-    content = message["content"]
-    return isinstance(content, str) or all(part["type"] == "text" for part in content)
-
-
-def _first_rich_message(prompt: Prompt) -> str:
-    """`messages[i]` of the first message that holds more than text; empty where there is none."""
-    wire = prompt.wire if isinstance(prompt, Messages) else ()
-    return next((f"messages[{index}]" for index, message in enumerate(wire) if not holds_only_text(message)), "")
 
 
 def _counts_alternatives(count: int | None) -> bool:

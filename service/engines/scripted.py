@@ -25,9 +25,9 @@ from service.engines.base import (
     TokenIds,
     TokenLogprob,
     Usage,
-    check_supported,
 )
 from service.engines.errors import DeadlineExceeded, EngineError
+from service.engines.features import check_supported
 
 Script = Callable[[GenerationRequest], Iterable["str | GenerationEvent | EngineError | asyncio.Event"]]
 ScoreScript = Callable[[ScoreRequest], Sequence[float]]

@@ -27,7 +27,6 @@ from service.engines.base import (
     Scores,
     SoftPromptReference,
     Usage,
-    check_supported,
 )
 from service.engines.base_model import BaseModel
 from service.engines.errors import (
@@ -39,6 +38,7 @@ from service.engines.errors import (
     InvalidRequest,
     QueueFull,
 )
+from service.engines.features import check_supported
 from service.engines.layout import check_base, lay_out
 from service.engines.local.grammar import check_grammar
 from service.engines.local.known_prompts import KnownPrompts

@@ -28,7 +28,6 @@ from service.engines.base import (
     ScoreRequest,
     Scores,
     SoftPromptReference,
-    check_supported,
 )
 from service.engines.collecting import total
 from service.engines.errors import (
@@ -37,6 +36,7 @@ from service.engines.errors import (
     ProviderMisbehaved,
     UnsupportedFeature,
 )
+from service.engines.features import check_supported
 from service.engines.remote.answer_body import StreamedAnswer, before_choice, read_answer, unwrapped_text
 from service.engines.remote.flavours import Flavour
 from service.engines.remote.in_flight import InFlight

@@ -29,7 +29,6 @@ from service.engines.base import (
     Scores,
     SoftPromptReference,
     Usage,
-    check_supported,
 )
 from service.engines.base_model import BaseModel
 from service.engines.errors import (
@@ -38,6 +37,7 @@ from service.engines.errors import (
     PromptTooLong,
     UnsupportedFeature,
 )
+from service.engines.features import check_supported
 from service.engines.layout import check_base, lay_out
 from service.engines.remote.connection import Reply
 from service.engines.remote.embeddings import EmbeddingMatrix

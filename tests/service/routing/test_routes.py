@@ -34,7 +34,7 @@ from tests.service.routing.routed import (
 from tests.service.serving import Store, client_of
 
 
-async def test_a_fallback_answers_where_the_first_fails_andsays_so(store: Store) -> None:
+async def test_a_fallback_answers_where_the_first_fails_and_says_so(store: Store) -> None:
     apply(store, "copy", FALLBACK)
     async with serving(store, ScriptedEngine(fails(LOST))) as client:
         response = await ask(client)
