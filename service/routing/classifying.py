@@ -14,13 +14,14 @@ from prompt_store.prompts.version import Vote
 from service.engines import ensemble
 from service.engines.base import ScoreRequest, Scores, Usage
 from service.engines.collecting import total
+from service.engines.deadlines import left_s
 from service.engines.scoring import CONTENT_FREE, Normalise, label_log_probabilities
 from service.routing.confidence import label_confidence
 from service.routing.errors import WrongTaskKind
 from service.routing.leaves import Leaf, Leaves
 from service.routing.plan import Target
 from service.routing.questions import remote_model, task_prompt
-from service.routing.run import Run, Step, left_s, within
+from service.routing.run import Run, Step, within
 
 _KEPT_PRIORS = 4096
 

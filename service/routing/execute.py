@@ -24,11 +24,12 @@ from prompt_store.routing.routes import (
 )
 from service.catalog import Catalog
 from service.engines.collecting import all_or_none
+from service.engines.deadlines import left_s
 from service.engines.errors import EngineError, InvalidRequest, RequestError
 from service.experiments.assignment import assign
 from service.routing.errors import WrongTaskKind
 from service.routing.plan import Target
-from service.routing.run import Failure, Run, Step, left_s, within
+from service.routing.run import Failure, Run, Step, within
 
 # Of all failures those that no other leaf would answer differently: the caller must change the request. Inputs are not
 # among them: the version of another leaf may be of a revision of the task that has these.

@@ -13,13 +13,14 @@ from prompt_store.prompts.version import Vote
 from service.engines import ensemble
 from service.engines.base import Delta, Finish, GenerationEvent, GenerationRequest, Messages
 from service.engines.collecting import Answer, Answers, assemble, total
+from service.engines.deadlines import left_s
 from service.engines.errors import UnsupportedFeature
 from service.routing.confidence import confidence
 from service.routing.extracting import extract
 from service.routing.leaves import Leaf, Leaves
 from service.routing.plan import Target
 from service.routing.questions import Question, extract_task
-from service.routing.run import Failure, Run, Step, left_s, within
+from service.routing.run import Failure, Run, Step, within
 
 
 @dataclasses.dataclass(slots=True)

@@ -141,16 +141,6 @@ class Run:
         return shown
 
 
-def left_s(until: float | None) -> float | None:
-    """Seconds until then (`time.monotonic`), None for ever. Raises DeadlineExceeded where there are none."""
-    if until is None:
-        return None
-    seconds = until - time.monotonic()
-    if seconds <= 0.0:
-        raise DeadlineExceeded("the request's deadline passed before it was answered; allow it more time")
-    return seconds
-
-
 async def within(until: float | None, work: Awaitable[T], late: str = "the answer was not there whole") -> T:
     """The result of work. Raises DeadlineExceeded, which says what is `late`, where it is not there by then.
 

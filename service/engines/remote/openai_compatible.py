@@ -30,12 +30,8 @@ from service.engines.base import (
     SoftPromptReference,
 )
 from service.engines.collecting import total
-from service.engines.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    ProviderMisbehaved,
-    UnsupportedFeature,
-)
+from service.engines.deadlines import left_s
+from service.engines.errors import InvalidRequest, ProviderMisbehaved, UnsupportedFeature
 from service.engines.features import check_supported
 from service.engines.remote.answer_body import StreamedAnswer, before_choice, read_answer, unwrapped_text
 from service.engines.remote.flavours import Flavour
@@ -120,7 +116,7 @@ class OpenAICompatibleEngine:
         if "scores" not in self._capabilities.features:
             raise UnsupportedFeature("labels are not scored by this task's backend; route the task to another")
         _refuse(request.soft_prompt)
-        asked_s = time.monotonic()
+        ends_at = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         asked = self._label_request(request)
         with self._in_flight.request():
             delta, finish = await self._one(asked)
@@ -128,8 +124,8 @@ class OpenAICompatibleEngine:
             chosen = _chosen(delta.text, request.continuations)
             if chosen is None:
                 corrected = _corrected(request.prompt, delta.text, request.continuations)
-                left_s = _time_left(request.deadline_s, asked_s)
-                delta, finish = await self._one(dataclasses.replace(asked, prompt=corrected, deadline_s=left_s))
+                deadline_s = left_s(ends_at, before="a label was answered")
+                delta, finish = await self._one(dataclasses.replace(asked, prompt=corrected, deadline_s=deadline_s))
                 usages.append(finish.usage)
                 chosen = _chosen(delta.text, request.continuations)
         if chosen is None:
@@ -259,12 +255,3 @@ def _corrected(prompt: Prompt, answer: str, labels: Sequence[str]) -> Prompt:
     said = (Message(role="assistant", content=answer), Message(role="user", content=asked))
     wire = tuple({"role": message.role, "content": message.content} for message in said)
     return Messages((*prompt.messages, *said), (*prompt.wire, *wire) if prompt.wire else ())
-
-
-def _time_left(deadline_s: float | None, since_s: float) -> float | None:
-    if deadline_s is None:
-        return None
-    left_s = deadline_s - (time.monotonic() - since_s)
-    if left_s <= 0.0:
-        raise DeadlineExceeded("the request's deadline passed before a label was answered; allow it more time")
-    return left_s

@@ -12,6 +12,7 @@ from typing import TypeVar
 from yarl import URL
 
 from service.engines.base import EngineStats
+from service.engines.deadlines import left_s
 from service.engines.errors import DeadlineExceeded, EngineUnavailable
 from service.engines.remote.connection import Connection, Events, Reply
 from service.engines.remote.failures import AttemptFailed
@@ -164,7 +165,7 @@ class Provider:
             replica.running += 1
             begun_at = self._clock()
             try:
-                answer = await ask(replica.target(path), content, self._left_s(ends_at))
+                answer = await ask(replica.target(path), content, left_s(ends_at, self._clock))
             except AttemptFailed as caught:
                 replica.running -= 1
                 self._judge(replica, ticket, caught, self._clock() - begun_at)
@@ -215,15 +216,6 @@ class Provider:
 
     def _ends_at(self, deadline_s: float | None) -> float | None:
         return None if deadline_s is None else self._clock() + deadline_s
-
-    def _left_s(self, ends_at: float | None) -> float | None:
-        """Seconds until `ends_at`. Raises DeadlineExceeded where there are none."""
-        if ends_at is None:
-            return None
-        left_s = ends_at - self._clock()
-        if left_s <= 0.0:
-            raise DeadlineExceeded("the request's deadline passed before it was answered; allow it more time")
-        return left_s
 
     async def _watch_health(self) -> None:
         while True:

@@ -31,12 +31,8 @@ from service.engines.base import (
     Usage,
 )
 from service.engines.base_model import BaseModel
-from service.engines.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    PromptTooLong,
-    UnsupportedFeature,
-)
+from service.engines.deadlines import left_s
+from service.engines.errors import InvalidRequest, PromptTooLong, UnsupportedFeature
 from service.engines.features import check_supported
 from service.engines.layout import check_base, lay_out
 from service.engines.remote.connection import Reply
@@ -225,9 +221,4 @@ class _Asked:
 
     def left_s(self) -> float | None:
         """What is left of the request's deadline. Raises DeadlineExceeded where nothing is."""
-        if self.ends_at is None:
-            return None
-        left_s = self.ends_at - time.monotonic()
-        if left_s <= 0.0:
-            raise DeadlineExceeded("the request's deadline passed before vLLM was asked; allow it more time")
-        return left_s
+        return left_s(self.ends_at, before="vLLM was asked")
