@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from functools import lru_cache
 
 from tokenizers import Tokenizer
 
+TokenText = Callable[[int], tuple[str, bytes]]
+"""What a token says, by its id: its text and bytes."""
+
+_CACHED_TEXTS = 1 << 16
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -73,23 +79,29 @@ def byte_level_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
         return token.encode()
 
 
-def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
-    """A token's text and bytes as log-probabilities show them: as within a text, special tokens by their names.
+def token_texts(tokenizer: Tokenizer) -> TokenText:
+    """What says tokens as log-probabilities show them: as within a text, special tokens by their names.
 
     Bytes that are no whole character are written `\\xf0` in the text, as OpenAI does. An id that has no token (the
-    padding of a model's vocabulary) is empty.
+    padding of a model's vocabulary) is empty. What was said of a token is kept, for _CACHED_TEXTS of them.
     """
-    token = tokenizer.id_to_token(token_id)
-    if token is None:
-        return "", b""
     types = decoder_types(tokenizer)
-    if token_id in special_token_ids(tokenizer):
-        data = token.encode()
-    elif types == ["ByteLevel"]:
-        data = byte_level_bytes(tokenizer, token_id)
-    elif "ByteFallback" in types and (match := _BYTE_FALLBACK.fullmatch(token)):
-        data = bytes.fromhex(match[1])
-    else:  # behind another token, because decoders strip the space that begins a text
-        once = tokenizer.decode([token_id], skip_special_tokens=False)
-        data = tokenizer.decode([token_id, token_id], skip_special_tokens=False)[len(once) :].encode()
-    return data.decode("utf-8", "backslashreplace"), data
+    special = special_token_ids(tokenizer)
+
+    @lru_cache(_CACHED_TEXTS)
+    def token_text(token_id: int) -> tuple[str, bytes]:
+        token = tokenizer.id_to_token(token_id)
+        if token is None:
+            return "", b""
+        if token_id in special:
+            data = token.encode()
+        elif types == ["ByteLevel"]:
+            data = byte_level_bytes(tokenizer, token_id)
+        elif "ByteFallback" in types and (match := _BYTE_FALLBACK.fullmatch(token)):
+            data = bytes.fromhex(match[1])
+        else:  # behind another token, because decoders strip the space that begins a text
+            once = tokenizer.decode([token_id], skip_special_tokens=False)
+            data = tokenizer.decode([token_id, token_id], skip_special_tokens=False)[len(once) :].encode()
+        return data.decode("utf-8", "backslashreplace"), data
+
+    return token_text

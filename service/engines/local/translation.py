@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import lru_cache
 
 from service.engines.base import GenerationRequest, Prompted, ResponseFormat, TokenLogprob
 from service.engines.base_model import BaseModel
 from service.engines.local.messages import Choosing, Grammar, Logprob, PromptScored, Submit
-from service.engines.token_text import token_text
-
-_CACHED_TEXTS = 1 << 16
+from service.engines.token_text import token_texts
 
 
 class Translation:
@@ -19,7 +16,7 @@ class Translation:
 
     def __init__(self, base: BaseModel) -> None:
         self._base = base
-        self._text = lru_cache(_CACHED_TEXTS)(lambda token_id: token_text(base.tokenizer, token_id))
+        self._text = token_texts(base.tokenizer)
 
     def submit(self, request: GenerationRequest, token_ids: list[int]) -> Submit:
         """The request as the engine takes it. Raises InvalidRequest for values that cannot be served."""

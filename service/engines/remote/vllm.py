@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -43,10 +43,9 @@ from service.engines.remote.provider import Provider
 from service.engines.remote.vllm_options import VllmOptions
 from service.engines.remote.vllm_scoring import LabelScorer
 from service.engines.remote.vllm_wire import GREEDY_BELOW, Completion, Input, copied, generation_fields
-from service.engines.token_text import token_text
+from service.engines.token_text import token_texts
 
 _PATH = "/completions"
-_CACHED_TEXTS = 1 << 16
 _LARGE_BYTES = 256 * 1024  # to make more than this holds the event loop up for milliseconds
 
 _FEATURES = frozenset(
@@ -67,7 +66,7 @@ class VllmEngine:
         self._options = options
         self._context_length = min(options.context_length or base.context_length, base.context_length)
         self._prompts = EncodedPrompts(base, matrix.wire_type, options.prompt_memory_bytes)
-        self._token_text = lru_cache(_CACHED_TEXTS)(lambda token_id: token_text(base.tokenizer, token_id))
+        self._token_text = token_texts(base.tokenizer)
         self._in_flight = InFlight()
         self._tokens_generated = 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -18,8 +18,7 @@ from service.engines.base_model import BaseModel
 from service.engines.errors import ProviderMisbehaved, ProviderUnavailable
 from service.engines.remote.embeddings import EmbeddingMatrix
 from service.engines.remote.torch_file import ITEM_BYTES, torch_file
-
-TokenText = Callable[[int], tuple[str, bytes]]
+from service.engines.token_text import TokenText
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy, for vLLM as for the local engine."""

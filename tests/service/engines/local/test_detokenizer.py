@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from service.engines.base_model import BaseModel
 from service.engines.local.detokenizer import Detokenizer, TextDecoder
-from service.engines.token_text import token_text
+from service.engines.token_text import token_texts
 from tests.conftest import BASE_FOLDER, ROOT
 
 TOKENIZER = Tokenizer.from_file(str(BASE_FOLDER / "tokenizer.json"))
@@ -155,26 +155,27 @@ def test_a_stop_string_counts_only_in_what_follows_the_first_min_tokens() -> Non
 @example("Grüße 你好 🎉")
 def test_the_bytes_of_tokens_join_to_their_text(text: str) -> None:
     ids = TOKENIZER.encode(text, add_special_tokens=False).ids
-    joined = b"".join(token_text(TOKENIZER, token)[1] for token in ids)
+    shown = token_texts(TOKENIZER)
+    joined = b"".join(shown(token)[1] for token in ids)
     assert joined.decode() == TOKENIZER.decode(ids, skip_special_tokens=False)
 
 
 def test_a_token_that_is_no_whole_character_is_shown_by_its_bytes() -> None:
     first, *_ = TOKENIZER.encode("🎉", add_special_tokens=False).ids
-    assert token_text(TOKENIZER, first) == ("\\xf0", b"\xf0")
+    assert token_texts(TOKENIZER)(first) == ("\\xf0", b"\xf0")
 
 
 def test_tokens_are_shown_as_within_a_text() -> None:
-    assert token_text(TOKENIZER, 1) == ("</s>", b"</s>")
-    assert token_text(TOKENIZER, 10**6) == ("", b"")
+    assert token_texts(TOKENIZER)(1) == ("</s>", b"</s>")
+    assert token_texts(TOKENIZER)(10**6) == ("", b"")
     shown = OTHERS["sentencepiece"]
     for token, expected in {
         "▁Hello": " Hello", "lo": "lo", "▁": " ", "é": "é", "</s>": "</s>", "<0x41>": "A",
     }.items():  # fmt: skip
-        assert token_text(shown, shown.token_to_id(token)) == (expected, expected.encode())
-    assert token_text(shown, shown.token_to_id("<0xC3>")) == ("\\xc3", b"\xc3")
-    assert token_text(OTHERS["metaspace"], 0) == (" a", b" a")
-    assert token_text(OTHERS["byte level"], OTHERS["byte level"].token_to_id("思考 🎉")) == (
+        assert token_texts(shown)(shown.token_to_id(token)) == (expected, expected.encode())
+    assert token_texts(shown)(shown.token_to_id("<0xC3>")) == ("\\xc3", b"\xc3")
+    assert token_texts(OTHERS["metaspace"])(0) == (" a", b" a")
+    assert token_texts(OTHERS["byte level"])(OTHERS["byte level"].token_to_id("思考 🎉")) == (
         "思考 🎉",
         "思考 🎉".encode(),
     )
