@@ -57,7 +57,7 @@ class Tensor:
         return values.astype(np.float32).reshape(self.shape)
 
 
-def tensor_digest(dtype: str, shape: tuple[int, ...], data: bytes) -> str:
+def tensor_digest(dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> str:
     """SHA-256 over the canonical JSON of {dtype, shape}, directly followed by the raw bytes.
 
     The header ends in a brace and has a fixed form, so no two tensors share an input to the hash.

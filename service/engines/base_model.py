@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from prompt_store.canonical import canonical_json
 from prompt_store.prompts.task import Message
+from prompt_store.prompts.tensor_file import tensor_digest
 from prompt_store.prompts.version import BaseDescription
 from service.engines.base import Messages, Prompt, RawText, Sampling
 from service.engines.errors import BaseModelError, InvalidRequest, PromptTooLong
@@ -268,11 +269,8 @@ def _weights_digest(files: Sequence[Path]) -> str:
             memoryview(content) as view,
         ):
             for tensor in stored:
-                form = {"dtype": tensor.dtype, "shape": list(tensor.shape)}
-                digest = hashlib.sha256(canonical_json(form))
                 with view[tensor.begin : tensor.end] as data:
-                    digest.update(data)
-                tensors[tensor.name] = digest.hexdigest()
+                    tensors[tensor.name] = tensor_digest(tensor.dtype, tensor.shape, data)
     return hashlib.sha256(canonical_json(tensors)).hexdigest()
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from prompt_store.prompts.artifact import read_artifact
 from prompt_store.prompts.task import Message
 from service.engines.base import Messages, RawText, Sampling, TokenIds
 from service.engines.base_model import BaseModel, open_base_model
@@ -69,6 +70,11 @@ def test_the_fingerprint_ignores_sharding_and_folder_but_not_weights(copy: Path)
     changed[names[0]].view(-1)[0] += 1e-3
     save_file(changed, copy / "model-00001-of-00002.safetensors")
     assert open_base_model(copy).fingerprint != original
+
+
+def test_the_fingerprint_is_the_one_that_prompts_were_published_with(tmp_path: Path) -> None:
+    published = read_artifact(BASE_FOLDER.parent / "support_intents" / "prompt.safetensors")
+    assert open_base_model(BASE_FOLDER, cache_folder=tmp_path).fingerprint == published.base_fingerprint
 
 
 def test_the_fingerprint_depends_on_tokenizer_and_chat_template(copy: Path) -> None:
