@@ -52,9 +52,14 @@ class Tensor:
     def to_float32(self) -> npt.NDArray[np.float32]:
         """The values as float32 in the tensor's shape, exact for every dtype."""
         if self.dtype == "BF16":
-            return (self.bits().astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return widened(self.bits())
         values = np.frombuffer(self.data, dtype="<f4" if self.dtype == "F32" else "<f2")
         return values.astype(np.float32).reshape(self.shape)
+
+
+def widened(bits: npt.NDArray[np.unsignedinteger[Any]]) -> npt.NDArray[np.float32]:
+    """BF16's bits as float32, in their shape."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def tensor_digest(dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> str:

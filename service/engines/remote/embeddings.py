@@ -10,12 +10,13 @@ import json
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prompt_store.prompts.soft_prompt import SoftPrompt
+from prompt_store.prompts.tensor_file import widened
 from service.engines.base_model import BaseModel
 from service.engines.errors import BaseModelError
 from service.engines.local.options import Precision
@@ -70,7 +71,7 @@ class EmbeddingMatrix:
     def rows(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """What the model begins with for these tokens: float32 [T, H], rounded as it rounds them."""
         values = self._values[np.asarray(token_ids, np.intp)]
-        found = _widened(values) if self._stored_as == "BF16" else values.astype(np.float32)
+        found = widened(values) if self._stored_as == "BF16" else values.astype(np.float32)
         if self._scale == 1.0:
             return found
         # The product of two rounded values is exact in float32, so that rounding once more is all that is left to do.
@@ -105,18 +106,13 @@ def rounded(values: NDArray[np.float32], wire_type: WireType) -> NDArray[np.floa
     if wire_type == "F32":
         return values
     halves = np.frombuffer(encode(values, wire_type), _NUMPY_TYPES[wire_type]).reshape(values.shape)
-    return _widened(halves) if wire_type == "BF16" else halves.astype(np.float32)
+    return widened(halves) if wire_type == "BF16" else halves.astype(np.float32)
 
 
 def configured_type(base: BaseModel) -> WireType:
     """The dtype that the base model's configuration names; F32 where it names none."""
     named = (str(config.get(key)) for config in (base.text_config, base.config) for key in ("dtype", "torch_dtype"))
     return next((_WIRE_TYPES[name] for name in named if name in _WIRE_TYPES), "F32")
-
-
-def _widened(halves: NDArray[Any]) -> NDArray[np.float32]:
-    """BF16's bits as float32."""
-    return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _find(base: BaseModel) -> StoredTensor:
