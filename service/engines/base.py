@@ -208,6 +208,11 @@ class ScoreRequest:
     deadline_s: float | None = None
     task: str = ""
 
+    def check(self) -> None:
+        """Raise InvalidRequest where there is no continuation."""
+        if not self.continuations:
+            raise InvalidRequest("there is nothing to score; name at least one continuation", parameter="continuations")
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:

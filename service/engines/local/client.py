@@ -182,8 +182,7 @@ class LocalEngine:
 
     async def score(self, request: ScoreRequest) -> Scores:
         """Log-probabilities of the continuations; see `ScoreRequest`."""
-        if not request.continuations:
-            raise InvalidRequest("there is nothing to score; name at least one continuation", parameter="continuations")
+        request.check()
         asked_s = time.monotonic()
         token_ids = await lay_out(self.base, request.prompt, request.soft_prompt)
         virtual_tokens = request.soft_prompt.length if request.soft_prompt else 0

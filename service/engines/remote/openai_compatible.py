@@ -31,7 +31,7 @@ from service.engines.base import (
 )
 from service.engines.collecting import total
 from service.engines.deadlines import left_s
-from service.engines.errors import InvalidRequest, ProviderMisbehaved, UnsupportedFeature
+from service.engines.errors import ProviderMisbehaved, UnsupportedFeature
 from service.engines.features import check_supported
 from service.engines.remote.answer_body import StreamedAnswer, before_choice, read_answer, unwrapped_text
 from service.engines.remote.flavours import Flavour
@@ -111,8 +111,7 @@ class OpenAICompatibleEngine:
         Where the provider shows no log-probabilities, or they do not spell the answer, only the choice is known. An
         answer that is none of the labels is asked for once more; a second one raises ProviderMisbehaved.
         """
-        if not request.continuations:
-            raise InvalidRequest("there is nothing to score; name at least one continuation", parameter="continuations")
+        request.check()
         if "scores" not in self._capabilities.features:
             raise UnsupportedFeature("labels are not scored by this task's backend; route the task to another")
         _refuse(request.soft_prompt)

@@ -32,7 +32,7 @@ from service.engines.base import (
 )
 from service.engines.base_model import BaseModel
 from service.engines.deadlines import left_s
-from service.engines.errors import InvalidRequest, PromptTooLong, UnsupportedFeature
+from service.engines.errors import PromptTooLong, UnsupportedFeature
 from service.engines.features import check_supported
 from service.engines.layout import check_base, lay_out
 from service.engines.remote.connection import Reply
@@ -115,8 +115,7 @@ class VllmEngine:
 
         Takes two or three calls in turn, see `vllm_scoring`.
         """
-        if not request.continuations:
-            raise InvalidRequest("there is nothing to score; name at least one continuation", parameter="continuations")
+        request.check()
         with self._in_flight.request():
             continuations = [self.base.continuation(text) for text in request.continuations]
             lengths = tuple(map(len, continuations))
