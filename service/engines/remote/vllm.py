@@ -133,14 +133,6 @@ class VllmEngine:
         """Let a soft prompt go; requests that use it have their own copy."""
         self._prompts.release(digest)
 
-    def drain(self, url: str) -> None:
-        """Send nothing new to one of the servers. Raises KeyError for an address that is not there."""
-        self.provider.drain(url)
-
-    def undrain(self, url: str) -> None:
-        """Send to it again. Raises KeyError."""
-        self.provider.undrain(url)
-
     def stats(self) -> EngineStats:
         return dataclasses.replace(
             self.provider.stats(),

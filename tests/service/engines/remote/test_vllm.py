@@ -291,7 +291,7 @@ async def test_a_drained_server_gets_nothing_new(base: BaseModel, servers: list[
     async with over(base, servers) as vllm:
         load = [asyncio.ensure_future(collect(vllm.generate(asked))) for asked in many(base)]
         await until_running(servers[0], bool)
-        vllm.drain(address(servers[0]))
+        vllm.provider.drain(address(servers[0]))
         assert all(answers.usage.completion_tokens == 64 for answers in await asyncio.gather(*load))
         again = [asyncio.ensure_future(collect(vllm.generate(asked))) for asked in many(base)]
         await until_running(servers[1], bool)

@@ -465,7 +465,7 @@ async def test_requests_behind_one_soft_prompt_go_where_it_is_warm(base: BaseMod
             assert more in {(3, 0), (0, 3)}
         assert one.requests
         assert two.requests
-        engine.drain(one.url)
+        engine.provider.drain(one.url)
         before = len(one.requests)
         for seed in range(8):
             await collect(engine.generate(request(soft_prompt=reference(base, seed))))
@@ -488,12 +488,12 @@ async def test_a_server_that_dies_within_a_stream_ends_it_in_an_error_and_others
         async with dying:
             engine = build_vllm(base, TransportOptions((dying.url, staying.url)), VllmOptions())
             await engine.start()
-            engine.drain(staying.url)
+            engine.provider.drain(staying.url)
             events = engine.generate(request(stream=True))
             assert await anext(events) == Delta("a", (3,))
         with pytest.raises(ProviderUnavailable, match="hung up before its answer was whole"):
             await anext(events)
-        engine.undrain(staying.url)
+        engine.provider.undrain(staying.url)
         for seed in range(8):
             answers = await collect(engine.generate(request(soft_prompt=reference(base, seed))))
             assert answers.answers[0].text == "ab"
