@@ -1,4 +1,4 @@
-"""A circuit breaker: a backend that fails so often is left alone for a while. Pure: time is passed in."""
+"""A circuit breaker: a backend that fails so often is left alone for a while, and logged. Time is passed in."""
 
 from __future__ import annotations
 
