@@ -16,7 +16,9 @@ from yarl import URL
 from service.engines.remote.failures import (
     AttemptFailed,
     Complaints,
+    broken_off,
     hung_up,
+    misbehaviour,
     silent,
     too_late,
     unreached,
@@ -85,7 +87,7 @@ class Exchange:
         try:
             piece = await self._within_silence(content.readany())
         except RuntimeError:  # what aiohttp says of a connection that we closed, when it is read on
-            raise self._complaints.broken_off(self._where(), self._headers()) from None
+            raise broken_off(self._where(), self._headers()) from None
         self._heard = self._heard or bool(piece)
         return piece
 
@@ -117,7 +119,7 @@ class Exchange:
     def misbehaved(self, what: str) -> AttemptFailed:
         """An answer that cannot be read; `what` continues a sentence that begins with the provider."""
         status = self.response.status if self.response is not None else 0
-        return self._complaints.misbehaviour(self._where(), what, self._headers(), status)
+        return misbehaviour(self._where(), what, self._headers(), status)
 
     def note_new_connection(self) -> None:
         """It does not travel on a connection that had been kept open."""
@@ -145,7 +147,7 @@ class Exchange:
             case TimeoutError():
                 return too_late(where, answering=answering)
             case aiohttp.ClientPayloadError() | aiohttp.ClientConnectionError() if answering:
-                return self._complaints.broken_off(where, self._headers())
+                return broken_off(where, self._headers())
             case aiohttp.ClientConnectionError():
                 return hung_up(where, stale=self._reused)
         return self.misbehaved("sent what is no HTTP answer")

@@ -101,19 +101,6 @@ class Complaints:
         status = int(code) if re.fullmatch(r"[45]\d\d", code) else next(statuses, 500)
         return self._complaint(where, status, headers, words, parameter, kinds)
 
-    def misbehaviour(self, where: str, what: str, headers: Mapping[str, str], status: int = 200) -> AttemptFailed:
-        """An answer that cannot be read; `what` continues the sentence."""
-        message = f"{where} {what}; see that the backend's address is that of an OpenAI-compatible API, or ask it again"
-        return AttemptFailed(ProviderMisbehaved(message, status=status, request_id=request_id(headers)))
-
-    def broken_off(self, where: str, headers: Mapping[str, str], status: int = 200) -> AttemptFailed:
-        """A connection that closed within an answer."""
-        message = f"{where} hung up before its answer was whole; try again"
-        return AttemptFailed(
-            ProviderUnavailable(message, status=status, request_id=request_id(headers)),
-            again=True,
-        )
-
     def _complaint(
         self,
         where: str,
@@ -157,9 +144,7 @@ class Complaints:
             unavailable = ProviderUnavailable(message, status=status, request_id=name)
             return AttemptFailed(unavailable, again=again, retry_after_s=wait_s)
         if status < 400:
-            failure = self.misbehaviour(where, f"answered {status} in place of an answer", headers, status)
-            failure.again = again
-            return failure
+            return misbehaviour(where, f"answered {status} in place of an answer", headers, status, again=again)
         blamed = self._presentable(parameter) if parameter else None
         refused = ProviderRefused(
             f"{where} refused the request ({status}){quoted or '; it does not say why'}",
@@ -201,6 +186,20 @@ def hung_up(where: str, *, stale: bool) -> AttemptFailed:
     """The connection was closed before the first byte of an answer."""
     message = f"{where} hung up without an answer; try again"
     return AttemptFailed(ProviderUnavailable(message), again=True, stale=stale)
+
+
+def broken_off(where: str, headers: Mapping[str, str]) -> AttemptFailed:
+    """A connection that closed within an answer."""
+    message = f"{where} hung up before its answer was whole; try again"
+    return AttemptFailed(ProviderUnavailable(message, status=200, request_id=request_id(headers)), again=True)
+
+
+def misbehaviour(
+    where: str, what: str, headers: Mapping[str, str], status: int, *, again: bool = False
+) -> AttemptFailed:
+    """An answer that cannot be read; `what` continues the sentence."""
+    message = f"{where} {what}; see that the backend's address is that of an OpenAI-compatible API, or ask it again"
+    return AttemptFailed(ProviderMisbehaved(message, status=status, request_id=request_id(headers)), again=again)
 
 
 def silent(where: str, silence_s: float, headers: Mapping[str, str] | None) -> AttemptFailed:
