@@ -112,13 +112,11 @@ class RemoteSettings(BaseModel):
     def transport(self, name: str, environment: Mapping[str, str], flavour: Flavour) -> TransportOptions:
         """How the provider is reached. Raises BackendError for what no request could be sent with."""
         urls = self.addresses() or ((flavour.url,) if flavour.url is not None else ())
-        bearer = flavour.key_header == "authorization"
         try:
             return TransportOptions(
                 urls=urls,
                 key=self.key(name, environment),
                 key_header=flavour.key_header,
-                key_prefix="Bearer " if bearer else "",
                 headers=self.headers,
                 proxy=self.proxy,
                 ca_file=self.ca_file,

@@ -50,7 +50,9 @@ class Connection:
         headers = {"accept-encoding": "identity", "content-type": "application/json", "user-agent": "softcue"}
         headers |= {name.lower(): value for name, value in options.headers.items()}
         if options.key is not None:
-            headers[options.key_header.lower()] = options.key_prefix + options.key.get_secret_value()
+            key_header = options.key_header.lower()
+            scheme = "Bearer " if key_header == "authorization" else ""
+            headers[key_header] = scheme + options.key.get_secret_value()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 ssl=_trusted(options.ca_file) if secure else True,

@@ -35,7 +35,6 @@ class TransportOptions:
     urls: tuple[str, ...]
     key: SecretStr | None = None
     key_header: str = "authorization"
-    key_prefix: str = "Bearer "
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     proxy: str | None = field(default=None, repr=False)
     ca_file: Path | None = None

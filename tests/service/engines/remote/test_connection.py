@@ -84,7 +84,7 @@ async def test_key_and_headers_go_where_they_are_meant_to() -> None:
     async with ScriptedProvider([json_answer({})]) as server:
         async with transport(server.url, key=SecretStr("sk-1"), headers={"OpenAI-Organization": "o"}) as provider:
             await provider.post(PATH, b"{}")
-        async with transport(server.url, key=SecretStr("sk-1"), key_header="api-key", key_prefix="") as provider:
+        async with transport(server.url, key=SecretStr("sk-1"), key_header="api-key") as provider:
             await provider.get("/models?api-version=1")
     first, second = server.requests
     assert (first.headers["authorization"], first.headers["openai-organization"]) == ("Bearer sk-1", "o")
