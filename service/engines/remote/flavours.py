@@ -22,7 +22,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from service.engines.base import Sampling
+from service.engines.base import MAX_LOGPROBS, Sampling
 
 FlavourName = Literal["openai", "azure", "together", "fireworks", "mistral", "vllm", "softcue", "other"]
 
@@ -46,7 +46,7 @@ class Flavour:
     stream_usage: bool = True
     constraint: Literal["json_schema", "structured_outputs"] = "json_schema"
     chat_logprobs: Literal["openai", "count"] = "openai"
-    most_logprobs: int = 20
+    most_logprobs: int = MAX_LOGPROBS
     completion_formats: bool = False
     token_ids: bool = False
     key_header: Literal["authorization", "api-key"] = "authorization"

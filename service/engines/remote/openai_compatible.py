@@ -14,7 +14,6 @@ from urllib.parse import quote
 
 from prompt_store.prompts.task import Message
 from service.engines.base import (
-    MAX_LOGPROBS,
     Capabilities,
     Delta,
     EngineStats,
@@ -212,7 +211,7 @@ class OpenAICompatibleEngine:
             remote_model=request.remote_model,
             sampling=Sampling(max_tokens=longest + _TOKENS_BESIDE_A_LABEL),
             principal=request.principal,
-            logprobs=min(MAX_LOGPROBS, self._flavour.most_logprobs) if "logprobs" in features else None,
+            logprobs=self._flavour.most_logprobs if "logprobs" in features else None,
             response_format=form,
             deadline_s=request.deadline_s,
             stream=False,
