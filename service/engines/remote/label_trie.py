@@ -13,20 +13,20 @@ class LabelTrie:
 
     def __init__(self, labels: Sequence[Sequence[int]]) -> None:
         self._labels = [tuple(label) for label in labels]
-        self.children: dict[Path, set[int]] = {}
+        self._children: dict[Path, set[int]] = {}
         for label in self._labels:
             for place, token in enumerate(label):
-                self.children.setdefault(label[:place], set()).add(token)
+                self._children.setdefault(label[:place], set()).add(token)
 
     def inner(self) -> list[Path]:
         """The nodes that something follows, the root first."""
-        return sorted(self.children, key=lambda path: (len(path), path))
+        return sorted(self._children, key=lambda path: (len(path), path))
 
     def missing(self, known: dict[Path, dict[int, float]]) -> dict[int, list[Path]]:
         """The children whose log-probability is not known, by their token: behind which nodes they stand."""
         found: dict[int, list[Path]] = {}
         for path in self.inner():
-            for token in sorted(self.children[path] - known.get(path, {}).keys()):
+            for token in sorted(self._children[path] - known.get(path, {}).keys()):
                 found.setdefault(token, []).append(path)
         return found
 

@@ -192,7 +192,7 @@ class Provider:
 
     def _wait_s(self, made: int, failed: AttemptFailed, replica: Replica, ends_at: float | None) -> float | None:
         """Seconds until the next attempt, None for no other."""
-        if not (failed.again and self._replicas.admit):
+        if not (failed.again and self._replicas.admits):
             return None
         return self._options.retries.wait_s(
             made,

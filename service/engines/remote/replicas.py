@@ -80,7 +80,7 @@ class Replicas:
         return self._only is None and self.choose(avoid=than) is not than
 
     @property
-    def admit(self) -> bool:
+    def admits(self) -> bool:
         """Whether any address would take a request now, be it one that fails."""
         return any(not replica.drained and replica.breaker.admits for replica in self.all)
 

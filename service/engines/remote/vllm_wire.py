@@ -194,8 +194,8 @@ class Completion:
     def _logprob(self, token: str, logprob: float, top: dict[str, float]) -> TokenLogprob:
         """vLLM shows the chosen token among its alternatives, even where it is none of them."""
         assert self._alternatives is not None
-        best = sorted(by_token_id(top, self.request_id).items(), key=lambda entry: -entry[1])[: self._alternatives]
-        (token_id,) = by_token_id({token: logprob}, self.request_id)
+        best = sorted(_by_token_id(top, self.request_id).items(), key=lambda entry: -entry[1])[: self._alternatives]
+        (token_id,) = _by_token_id({token: logprob}, self.request_id)
         alternatives = tuple(TokenLogprob(other, value, (), *self._token_text(other)) for other, value in best)
         return TokenLogprob(token_id, logprob, alternatives, *self._token_text(token_id))
 
@@ -214,10 +214,10 @@ def next_logprobs(document: Any, count: int, request_id: str = "") -> list[dict[
     shown = [choice.logprobs for choice in choices]
     if any(logprobs is None or not logprobs.top_logprobs for logprobs in shown):
         raise ProviderMisbehaved("vLLM left out the log-probabilities it was asked for", request_id=request_id)
-    return [by_token_id(logprobs.top_logprobs[0], request_id) for logprobs in shown if logprobs is not None]
+    return [_by_token_id(logprobs.top_logprobs[0], request_id) for logprobs in shown if logprobs is not None]
 
 
-def by_token_id(named: dict[str, float], request_id: str) -> dict[int, float]:
+def _by_token_id(named: dict[str, float], request_id: str) -> dict[int, float]:
     """Log-probabilities by token id, of tokens that are written `token_id:17`. Raises ProviderMisbehaved."""
     try:
         return {int(token.removeprefix(_TOKEN)): logprob for token, logprob in named.items()}
