@@ -51,6 +51,15 @@ class BaseModel:
         return nested if isinstance(nested, dict) else self.config
 
     @property
+    def dtypes(self) -> list[str]:
+        """What the configuration says of the weights' dtype, under the key of now and the one before; may be nothing.
+
+        The language model's own part comes first.
+        """
+        parts = (self.text_config, self.config)
+        return [str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if key in part]
+
+    @property
     def hidden_size(self) -> int:
         return self._size("hidden_size", "n_embd", "d_model")
 

@@ -13,7 +13,6 @@ from service.engines.local import attention
 from service.engines.local.options import EngineOptions
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_DTYPE_KEYS = ("dtype", "torch_dtype")  # as configurations name it now, and as they did
 _HALF_AS_WIDE = (torch.bfloat16, torch.float16)
 
 
@@ -58,7 +57,7 @@ def weights_dtype(base: BaseModel, options: EngineOptions) -> torch.dtype:
         return _DTYPES[options.dtype]
     if torch.device(options.device).type == "cpu":
         return torch.float32
-    named = [_DTYPES.get(str(config.get(key))) for config in (base.text_config, base.config) for key in _DTYPE_KEYS]
+    named = map(_DTYPES.get, base.dtypes)
     return next((dtype for dtype in named if dtype in _HALF_AS_WIDE), torch.bfloat16)
 
 

@@ -111,8 +111,7 @@ def rounded(values: NDArray[np.float32], wire_type: WireType) -> NDArray[np.floa
 
 def configured_type(base: BaseModel) -> WireType:
     """The dtype that the base model's configuration names; F32 where it names none."""
-    named = (str(config.get(key)) for config in (base.text_config, base.config) for key in ("dtype", "torch_dtype"))
-    return next((_WIRE_TYPES[name] for name in named if name in _WIRE_TYPES), "F32")
+    return next((_WIRE_TYPES[name] for name in base.dtypes if name in _WIRE_TYPES), "F32")
 
 
 def _find(base: BaseModel) -> StoredTensor:
