@@ -28,8 +28,12 @@ _BLANKS = r"[\x20\x0A\x0D\x09]{1,33}"
 
 
 def _json_options(lenient: bool) -> Any:
-    """oneOf is followed as anyOf: most schemas' alternatives exclude each other, and no grammar counts matches."""
-    return {"whitespace_pattern": _BLANKS, "coerce_one_of": True, "lenient": lenient}
+    """oneOf is followed as anyOf: most schemas' alternatives exclude each other, and no grammar counts matches.
+
+    A schema may ask to be followed leniently itself, by the word that vLLM takes: `"x-guidance": {"lenient": true}`.
+    """
+    options = {"whitespace_pattern": _BLANKS, "coerce_one_of": True}
+    return options | {"lenient": True} if lenient else options
 
 
 def _limits() -> LLParserLimits:

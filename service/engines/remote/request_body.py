@@ -107,6 +107,13 @@ def wrap_choices(choices: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def leniently(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema with its own word to llguidance, which vLLM and Softcue follow schemas by: leave out what cannot be
+    followed, and take oneOf as anyOf.
+    """
+    return {**schema, "x-guidance": {"lenient": True, "coerce_one_of": True}}
+
+
 def fits_strict_mode(schema: Mapping[str, Any]) -> bool:
     """Whether OpenAI's strict mode takes the schema: every object closed, all of its properties required, no keyword
     that it does not know, an object at the top, no more choices than it has room for.
@@ -177,7 +184,9 @@ def _response_format(form: ResponseFormat, flavour: Flavour) -> dict[str, Any]:
             return {"response_format": {"type": "json_object"}}
         case "json_schema":
             assert form.json_schema is not None
-            return _by_schema("answer", form.json_schema)
+            by_llguidance = flavour.constraint == "structured_outputs"
+            schema = leniently(form.json_schema) if form.lenient and by_llguidance else form.json_schema
+            return _by_schema("answer", schema)
         case "choice" if flavour.constraint == "structured_outputs":
             return {"structured_outputs": {"choice": form.choices}}
         case "choice":

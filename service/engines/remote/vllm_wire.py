@@ -17,6 +17,7 @@ from service.engines.base import Delta, FinishReason, GenerationRequest, Respons
 from service.engines.base_model import BaseModel
 from service.engines.errors import ProviderMisbehaved, ProviderUnavailable
 from service.engines.remote.embeddings import EmbeddingMatrix
+from service.engines.remote.request_body import leniently
 from service.engines.remote.torch_file import ITEM_BYTES, torch_file
 from service.engines.token_text import TokenText
 
@@ -25,7 +26,6 @@ GREEDY_BELOW = 1e-5
 
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
 _TOKEN = "token_id:"
-_TO_LLGUIDANCE = "x-guidance"  # a schema's own word to llguidance, which vLLM asks where xgrammar cannot follow
 
 
 class Input:
@@ -105,7 +105,7 @@ def _structured(form: ResponseFormat) -> dict[str, Any] | None:
         case "json_object":
             return {"json": {"type": "object"}}
         case "json_schema" if form.lenient and form.json_schema is not None:
-            return {"json": {**form.json_schema, _TO_LLGUIDANCE: {"lenient": True, "coerce_one_of": True}}}
+            return {"json": leniently(form.json_schema)}
         case "json_schema":
             return {"json": form.json_schema}
         case "regex":

@@ -304,3 +304,11 @@ def test_a_lenient_grammar_leaves_out_what_cannot_be_followed_and_keeps_the_rest
     follow(FACTORY.start(lenient), "[1, 2, 1]")
     with pytest.raises(AssertionError, match="'3' of"):
         follow(FACTORY.start(lenient), "[1, 3]")
+
+
+def test_a_schema_may_ask_to_be_followed_leniently_as_with_vllm() -> None:
+    form = {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "x-guidance": {"lenient": True}}
+    check_grammar(Grammar("json_schema", json.dumps(form)))
+    follow(FACTORY.start(Grammar("json_schema", json.dumps(form))), "[1, 2, 1]")
+    with pytest.raises(AssertionError, match="'3' of"):
+        follow(FACTORY.start(Grammar("json_schema", json.dumps(form))), "[1, 3]")

@@ -160,6 +160,14 @@ def test_vllm_is_asked_for_choices_and_patterns_by_its_own_parameter(prompt: Any
     }
 
 
+@pytest.mark.parametrize("flavour", ["vllm", "softcue"])
+def test_a_schema_that_is_checked_afterwards_is_followed_as_far_as_llguidance_can(flavour: str) -> None:
+    form = ResponseFormat("json_schema", json_schema={"type": "object", "minProperties": 1}, lenient=True)
+    schema = sent(asked(response_format=form), flavour)["response_format"]["json_schema"]["schema"]
+    assert schema == {**dict(form.json_schema or {}), "x-guidance": {"lenient": True, "coerce_one_of": True}}
+    assert sent(asked(response_format=form), "openai")["response_format"]["json_schema"]["schema"] == form.json_schema
+
+
 def test_a_choice_within_json_is_not_streamed_and_has_room_for_what_stands_around_it() -> None:
     request = asked(sampling=Sampling(2), stream=True, response_format=ResponseFormat("choice", choices=("a", "b")))
     outgoing = encode(request, "m", FLAVOURS["openai"])
