@@ -149,10 +149,11 @@ def remote(
         published = registry.publish(new, alias, reason, command_line_principal())
         print_published(f"{model} at {provider}", published, alias, registry, as_json)
         known = {backend.provider for backend in registry.backends() if backend.provider is not None}
-        if known and provider not in known and not as_json:
+        if provider not in known and not as_json:
+            others = f", only of {', '.join(sorted(known))}" if known else ""
             typer.echo(
-                f"no service on this store has a backend of provider {provider!r} yet, only of "
-                f'{", ".join(sorted(known))}: give one `provider = "{provider}"` in [backends]'
+                f"no service on this store has a backend of provider {provider!r} yet{others}: give one "
+                f'`provider = "{provider}"` in [backends]'
             )
 
 

@@ -128,7 +128,8 @@ def gc(
         ]
         if rows:
             print_table(("version", "digest", "kind", "size", "unnamed since"), rows)
-        waiting = f"{counted(len(found.waiting), 'version')} that nothing names wait for {grace} to pass"
+        wait = "waits" if len(found.waiting) == 1 else "wait"
+        waiting = f"{counted(len(found.waiting), 'version')} that nothing names {wait} for {grace} to pass"
         if not found.versions and not found.tensors:
             typer.echo(f"nothing to delete; {waiting}" if found.waiting else "nothing to delete: everything is named")
             return

@@ -207,8 +207,8 @@ def open_base_model(folder: str | Path, *, name: str | None = None, cache_folder
         missing.append("*.safetensors")
     if missing:
         raise BaseModelError(
-            f"no base model at {folder} ({', '.join(missing)} missing); set [base] path to a folder in the Hugging "
-            "Face layout with safetensors weights: examples/base holds the demo base, and "
+            f"no base model at {folder} ({', '.join(missing)} missing); set [base] path (`base` in a recipe) to a "
+            "folder in the Hugging Face layout with safetensors weights: examples/base holds the demo base, and "
             "`hf download ORGANISATION/MODEL --local-dir DIR` fetches others"
         )
     config = _read_json(folder / "config.json")

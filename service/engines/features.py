@@ -51,7 +51,7 @@ def check_supported(request: GenerationRequest, capabilities: Capabilities) -> N
 _INSTEAD = {
     "tools": (
         "it answers in text and calls no tools, only remote backends can pass them on. Leave tools out, or ask for "
-        "JSON with response_format and call them yourself"
+        "an answer in JSON and call them yourself"
     ),
     "rich_messages": (
         "it takes roles and texts alone, only remote backends can pass on names, tool calls, images and audio. Leave "

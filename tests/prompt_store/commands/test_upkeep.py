@@ -17,7 +17,7 @@ def test_gc_says_what_it_would_do_before_it_does_it(shell_on_either: Shell) -> N
     assert shell.run("gc") == "nothing to delete: everything is named\n"
     shell.publish(1, 2)
     shell.run("alias", "support_intents", "production", "v1")
-    assert shell.run("gc") == "nothing to delete; 1 version that nothing names wait for 30d to pass\n"
+    assert shell.run("gc") == "nothing to delete; 1 version that nothing names waits for 30d to pass\n"
     planned = shell.json("gc", "--grace", "0m")
     assert (planned["deleted"], [entry["version"] for entry in planned["versions"]]) == (False, ["support_intents@v2"])
     told = shell.run("gc", "--grace", "0m")
