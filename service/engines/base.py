@@ -154,11 +154,13 @@ class ResponseFormat:
 class GenerationRequest:
     """One question to an engine.
 
-    `logprobs` and `prompt_logprobs` say how many alternatives come with each token's log-probability; None wants none.
-    `stream` says whether text is wanted as it is made; otherwise an engine may bring all of it at the end. `task` is
-    whom it counts for when tasks share an engine fairly. `deadline_s` is the time it may take, from now on.
-    `remote_model` is the model as the provider knows it. `tools`, `tool_choice`, `parallel_tool_calls` and
-    `provider_options` (other parameters, by the provider's own names) are passed on as they came.
+    `logprobs` and `prompt_logprobs` say how many alternatives come with each token's log-probability; None wants
+    none. `stream` says whether text is wanted as it is made; otherwise an engine may bring all of it at the end.
+    `task` is whom it counts for when tasks share an engine fairly. `deadline_s` is the time it may take, from now
+    on, `begin_s` the time until its first event. `another_follows` says that another backend is asked where this
+    one fails: then a provider that wants to be left alone for a while is not waited for. `remote_model` is the
+    model as the provider knows it. `tools`, `tool_choice`, `parallel_tool_calls` and `provider_options` (other
+    parameters, by the provider's own names) are passed on as they came.
     """
 
     id: str
@@ -177,6 +179,8 @@ class GenerationRequest:
     parallel_tool_calls: bool | None = None
     provider_options: Mapping[str, Any] = field(default_factory=dict)
     deadline_s: float | None = None
+    begin_s: float | None = None
+    another_follows: bool = False
     stream: bool = True
     task: str = ""
 
@@ -197,7 +201,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """Ask for the log-probability of each continuation after the prompt, its end-of-sequence token included."""
+    """Ask for the log-probability of each continuation after the prompt, its end-of-sequence token included.
+
+    `deadline_s` and `another_follows` as in GenerationRequest.
+    """
 
     id: str
     prompt: Prompt
@@ -206,6 +213,7 @@ class ScoreRequest:
     remote_model: str | None = None
     principal: Principal = ANONYMOUS
     deadline_s: float | None = None
+    another_follows: bool = False
     task: str = ""
 
     def check(self) -> None:

@@ -8,6 +8,11 @@ from collections.abc import Callable
 from service.engines.errors import DeadlineExceeded
 
 
+def sooner(one: float | None, other: float | None) -> float | None:
+    """The less of two times, None being for ever."""
+    return min((time for time in (one, other) if time is not None), default=None)
+
+
 def left_s(
     until: float | None, clock: Callable[[], float] = time.monotonic, *, before: str = "it was answered"
 ) -> float | None:

@@ -88,12 +88,19 @@ class Connection:
         finally:
             response.close()
 
-    async def post_events(self, url: URL, body: bytes, left_s: float | None) -> Events:
-        """Send `body` and wait for the first event of the stream that answers it; `left_s` bounds the whole stream.
+    async def post_events(self, url: URL, body: bytes, left_s: float | None, begin_s: float | None = None) -> Events:
+        """Send `body` and wait for the first event of the stream that answers it, no longer than `begin_s`.
 
-        Raises AttemptFailed, also for a stream in which no event comes.
+        `left_s` bounds the whole stream. Raises AttemptFailed, also for a stream in which no event comes.
         """
         exchange = Exchange(url, self._options, self._complaints)
+        try:
+            async with asyncio.timeout(begin_s):
+                return await self._begun(exchange, body, left_s)
+        except TimeoutError:
+            raise exchange.late() from None
+
+    async def _begun(self, exchange: Exchange, body: bytes, left_s: float | None) -> Events:
         response = await exchange.open(self._opened(), "POST", body, left_s)
         events = Events(exchange, response, self._options)
         try:

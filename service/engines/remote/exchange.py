@@ -121,6 +121,10 @@ class Exchange:
         status = self.response.status if self.response is not None else 0
         return misbehaviour(self._where(), what, self._headers(), status)
 
+    def late(self) -> AttemptFailed:
+        """The time is over that it had."""
+        return too_late(self._where(), answering=self.response is not None)
+
     def note_new_connection(self) -> None:
         """It does not travel on a connection that had been kept open."""
         self._reused = False
@@ -145,7 +149,7 @@ class Exchange:
             case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError() | aiohttp.ClientHttpProxyError():
                 return unreached(where, error, self._options.connect_s)
             case TimeoutError():
-                return too_late(where, answering=answering)
+                return self.late()
             case aiohttp.ClientPayloadError() | aiohttp.ClientConnectionError() if answering:
                 return broken_off(where, self._headers())
             case aiohttp.ClientConnectionError():

@@ -29,7 +29,7 @@ from service.engines.base import (
     SoftPromptReference,
 )
 from service.engines.collecting import total
-from service.engines.deadlines import left_s
+from service.engines.deadlines import left_s, sooner
 from service.engines.errors import ProviderMisbehaved, UnsupportedFeature
 from service.engines.features import check_supported
 from service.engines.remote.answer_body import StreamedAnswer, before_choice, read_answer, unwrapped_text
@@ -172,7 +172,13 @@ class OpenAICompatibleEngine:
 
     async def _stream(self, request: GenerationRequest, outgoing: Outgoing) -> AsyncGenerator[GenerationEvent]:
         path = self._path(outgoing.endpoint, self._model(request.remote_model))
-        async with self.provider.events(path, outgoing.body, deadline_s=request.deadline_s) as events:
+        async with self.provider.events(
+            path,
+            outgoing.body,
+            deadline_s=request.deadline_s,
+            begin_s=request.begin_s,
+            another_follows=request.another_follows,
+        ) as events:
             answer = StreamedAnswer(request.n, events.request_id)
             async for document in events:
                 for delta in answer.read(document):
@@ -185,7 +191,12 @@ class OpenAICompatibleEngine:
         self, request: GenerationRequest, outgoing: Outgoing, *, wrapped: bool
     ) -> tuple[list[Delta], Finish]:
         path = self._path(outgoing.endpoint, self._model(request.remote_model))
-        reply = await self.provider.post(path, outgoing.body, deadline_s=request.deadline_s)
+        reply = await self.provider.post(
+            path,
+            outgoing.body,
+            deadline_s=sooner(request.deadline_s, request.begin_s),
+            another_follows=request.another_follows,
+        )
         deltas, finish = read_answer(
             reply.document, outgoing.endpoint, n=request.n, wrapped=wrapped, request_id=reply.request_id
         )
@@ -214,6 +225,7 @@ class OpenAICompatibleEngine:
             logprobs=self._flavour.most_logprobs if "logprobs" in features else None,
             response_format=form,
             deadline_s=request.deadline_s,
+            another_follows=request.another_follows,
             stream=False,
             task=request.task,
         )

@@ -12,7 +12,7 @@ from typing import TypeVar
 from yarl import URL
 
 from service.engines.base import EngineStats
-from service.engines.deadlines import left_s
+from service.engines.deadlines import left_s, sooner
 from service.engines.errors import DeadlineExceeded, EngineUnavailable
 from service.engines.remote.connection import Connection, Events, Reply
 from service.engines.remote.failures import AttemptFailed
@@ -31,6 +31,7 @@ class Provider:
 
     `affinity` names what requests have in common that an address may have warm, a soft prompt's digest for one; it
     matters where there are several addresses. `deadline_s` is the time a call may take in all, from now on.
+    `another_follows` as in GenerationRequest.
 
     Every call raises, of `service.engines.errors`: a ProviderError, DeadlineExceeded, QueueFull, CircuitOpen or
     EngineUnavailable. `clock` and `draw` (a number in [0, 1)) are there for tests.
@@ -70,9 +71,17 @@ class Provider:
             await asyncio.wait((watch,))
         await self._connection.close()
 
-    async def post(self, path: str, body: Body, *, affinity: str = "", deadline_s: float | None = None) -> Reply:
+    async def post(
+        self,
+        path: str,
+        body: Body,
+        *,
+        affinity: str = "",
+        deadline_s: float | None = None,
+        another_follows: bool = False,
+    ) -> Reply:
         """The whole answer to `body`."""
-        return await self._whole(self._connection.post_json, path, body, affinity, deadline_s)
+        return await self._whole(self._connection.post_json, path, body, affinity, deadline_s, another_follows)
 
     async def get(self, path: str, *, deadline_s: float | None = None) -> Reply:
         """The whole answer to a GET."""
@@ -80,21 +89,34 @@ class Provider:
         def ask(url: URL, _: bytes, left_s: float | None) -> Awaitable[Reply]:
             return self._connection.get_json(url, left_s)
 
-        return await self._whole(ask, path, b"", "", deadline_s)
+        return await self._whole(ask, path, b"", "", deadline_s, another_follows=False)
 
     @asynccontextmanager
     async def events(
-        self, path: str, body: Body, *, affinity: str = "", deadline_s: float | None = None
+        self,
+        path: str,
+        body: Body,
+        *,
+        affinity: str = "",
+        deadline_s: float | None = None,
+        begin_s: float | None = None,
+        another_follows: bool = False,
     ) -> AsyncIterator[Events]:
         """The stream that answers `body`; leaving it early hangs up. It is entered once its first event has come.
 
-        Nothing is tried again after that: what goes wrong later is raised where the stream is read.
+        That takes no longer than `begin_s`. Nothing is tried again after it: what goes wrong later is raised where the
+        stream is read.
         """
         ends_at = self._ends_at(deadline_s)
-        await self._limit.enter(ends_at)
+        begins_at = self._ends_at(sooner(deadline_s, begin_s))
+
+        def ask(url: URL, content: bytes, begin_s: float | None) -> Awaitable[Events]:
+            return self._connection.post_events(url, content, left_s(ends_at, self._clock), begin_s)
+
+        await self._limit.enter(begins_at)
         try:
             content = await _made(body)
-            events, replica, ticket = await self._answer(self._connection.post_events, path, content, affinity, ends_at)
+            events, replica, ticket = await self._answer(ask, path, content, affinity, begins_at, another_follows)
             try:
                 yield events
             finally:
@@ -135,18 +157,32 @@ class Provider:
         """Ask every address once whether it is well, and mark it so."""
         await asyncio.gather(*(self._check(replica) for replica in self._replicas.all))
 
-    async def _whole(self, ask: Ask[Reply], path: str, body: Body, affinity: str, deadline_s: float | None) -> Reply:
+    async def _whole(
+        self,
+        ask: Ask[Reply],
+        path: str,
+        body: Body,
+        affinity: str,
+        deadline_s: float | None,
+        another_follows: bool,
+    ) -> Reply:
         ends_at = self._ends_at(deadline_s)
         await self._limit.enter(ends_at)
         try:
-            reply, replica, _ = await self._answer(ask, path, await _made(body), affinity, ends_at)
+            reply, replica, _ = await self._answer(ask, path, await _made(body), affinity, ends_at, another_follows)
             replica.running -= 1
             return reply
         finally:
             self._limit.leave()
 
     async def _answer(
-        self, ask: Ask[Answer], path: str, content: bytes, affinity: str, ends_at: float | None
+        self,
+        ask: Ask[Answer],
+        path: str,
+        content: bytes,
+        affinity: str,
+        ends_at: float | None,
+        another_follows: bool,
     ) -> tuple[Answer, Replica, int]:
         """Attempts until one succeeds. The replica counts it as running until the caller takes that back."""
         made, forgiven = 0, False
@@ -183,14 +219,16 @@ class Provider:
                 continue
             made += 1
             avoid = replica
-            wait_s = self._wait_s(made, failed, replica, ends_at)
+            wait_s = self._wait_s(made, failed, replica, ends_at, another_follows)
             if wait_s is None:
                 raise failed.error
             self._retries += 1
             if wait_s:
                 await asyncio.sleep(wait_s)
 
-    def _wait_s(self, made: int, failed: AttemptFailed, replica: Replica, ends_at: float | None) -> float | None:
+    def _wait_s(
+        self, made: int, failed: AttemptFailed, replica: Replica, ends_at: float | None, another_follows: bool
+    ) -> float | None:
         """Seconds until the next attempt, None for no other."""
         if not (failed.again and self._replicas.admits):
             return None
@@ -200,6 +238,7 @@ class Provider:
             retry_after_s=failed.retry_after_s,
             left_s=None if ends_at is None else ends_at - self._clock(),
             elsewhere=failed.unreached and self._replicas.another(replica),
+            another_follows=another_follows,
         )
 
     def _judge(self, replica: Replica, ticket: int, failed: AttemptFailed, lasted_s: float) -> None:

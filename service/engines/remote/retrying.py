@@ -12,7 +12,8 @@ _SPREAD = 0.1
 class RetryPolicy:
     """At most `attempts` in all; between them up to `first_backoff_s`, doubled each time up to `max_backoff_s`.
 
-    A provider that says how long to wait is obeyed up to `max_retry_after_s`; who asks for more is not asked again.
+    A provider that says how long to wait is obeyed up to `max_retry_after_s`, or up to `first_backoff_s` where another
+    backend follows; who asks for more is not asked again.
     """
 
     attempts: int = 3
@@ -28,6 +29,7 @@ class RetryPolicy:
         retry_after_s: float | None = None,
         left_s: float | None = None,
         elsewhere: bool = False,
+        another_follows: bool = False,
     ) -> float | None:
         """Seconds to wait after `made` attempts, or None to give up.
 
@@ -39,7 +41,7 @@ class RetryPolicy:
         if made >= self.attempts:
             return None
         if retry_after_s is not None:
-            if retry_after_s > self.max_retry_after_s:
+            if retry_after_s > (self.first_backoff_s if another_follows else self.max_retry_after_s):
                 return None
             wait_s = retry_after_s * (1.0 + _SPREAD * draw())
         elif elsewhere:

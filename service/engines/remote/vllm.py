@@ -31,7 +31,7 @@ from service.engines.base import (
     Usage,
 )
 from service.engines.base_model import BaseModel
-from service.engines.deadlines import left_s
+from service.engines.deadlines import left_s, sooner
 from service.engines.errors import PromptTooLong, UnsupportedFeature
 from service.engines.features import check_supported
 from service.engines.layout import check_base, lay_out
@@ -48,6 +48,7 @@ from service.engines.token_text import token_texts
 _PATH = "/completions"
 _LARGE_BYTES = 256 * 1024  # to make more than this holds the event loop up for milliseconds
 
+_BEFORE = "vLLM was asked"
 _FEATURES = frozenset(
     {
         "n", "logprobs", "echo", "structured_output", "deadline", "min_p", "min_tokens", "ignore_eos", "stop_token_ids",
@@ -94,7 +95,7 @@ class VllmEngine:
         # vLLM makes one greedy answer at a time; the others are its copies.
         copies = request.n if request.sampling.temperature < GREEDY_BELOW else 1
         with self._in_flight.request():
-            asked = await self._ask(request)
+            asked = await self._ask(request, begin_s=request.begin_s)
             completion = Completion(request.n // copies, request.logprobs, self._token_text)
             # Held until vLLM has taken the request, so that it can still be refused with a status of its own.
             prompted = Prompted(tuple(asked.token_ids), self.base.text_of(asked.token_ids)) if request.echo else None
@@ -144,9 +145,13 @@ class VllmEngine:
     def capabilities(self) -> Capabilities:
         return Capabilities(frozenset({"soft_prompt", "text"}), _FEATURES, self._context_length, "vLLM")
 
-    async def _ask(self, request: GenerationRequest | ScoreRequest, further_tokens: int = 0) -> _Asked:
+    async def _ask(
+        self, request: GenerationRequest | ScoreRequest, further_tokens: int = 0, begin_s: float | None = None
+    ) -> _Asked:
         """The request laid out; `further_tokens` beside the prompt's must have room too."""
-        ends_at = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+        now_s = time.monotonic()
+        ends_at = None if request.deadline_s is None else now_s + request.deadline_s
+        begins_at = sooner(ends_at, None if begin_s is None else now_s + begin_s)
         soft_prompt = request.soft_prompt
         token_ids = await lay_out(self.base, request.prompt, soft_prompt)
         virtual_tokens = soft_prompt.length if soft_prompt else 0
@@ -155,7 +160,8 @@ class VllmEngine:
             raise PromptTooLong(len(token_ids) + further_tokens, virtual_tokens, self._context_length)
         rows = await self._prompts.rows(soft_prompt) if soft_prompt else None
         affinity = soft_prompt.digest if soft_prompt else ""
-        return _Asked(token_ids, virtual_tokens, room, Input(self._matrix, rows), affinity, ends_at)
+        laid_out = Input(self._matrix, rows)
+        return _Asked(token_ids, virtual_tokens, room, laid_out, affinity, ends_at, begins_at, request.another_follows)
 
     async def _deltas(self, request: GenerationRequest, asked: _Asked, completion: Completion) -> AsyncGenerator[Delta]:
         """What vLLM makes of the prompt, as it comes or all at its end."""
@@ -172,7 +178,12 @@ class VllmEngine:
         if request.stream:
             content = partial(self._encoded, body, size_bytes)
             async with self.provider.events(
-                _PATH, content, affinity=asked.affinity, deadline_s=asked.left_s()
+                _PATH,
+                content,
+                affinity=asked.affinity,
+                deadline_s=left_s(asked.ends_at, before=_BEFORE),
+                begin_s=left_s(asked.begins_at, before=_BEFORE),
+                another_follows=asked.another_follows,
             ) as events:
                 completion.request_id = events.request_id
                 async for document in events:
@@ -188,7 +199,13 @@ class VllmEngine:
     async def _post(self, asked: _Asked, body: Callable[[], dict[str, Any]], size_bytes: int) -> Reply:
         """vLLM's whole answer to what `body` makes, which takes about `size_bytes`."""
         content = partial(self._encoded, body, size_bytes)
-        return await self.provider.post(_PATH, content, affinity=asked.affinity, deadline_s=asked.left_s())
+        return await self.provider.post(
+            _PATH,
+            content,
+            affinity=asked.affinity,
+            deadline_s=left_s(asked.begins_at, before=_BEFORE),
+            another_follows=asked.another_follows,
+        )
 
     async def _encoded(self, body: Callable[[], dict[str, Any]], size_bytes: int) -> bytes:
         """A body as it is sent; a large one is made in a thread."""
@@ -200,7 +217,10 @@ class VllmEngine:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A request laid out. `room` are the tokens that the context still takes, `ends_at` is by `time.monotonic`."""
+    """A request laid out. `room` are the tokens that the context still takes.
+
+    `ends_at` and, for its first event, `begins_at` are by `time.monotonic`.
+    """
 
     token_ids: list[int]
     virtual_tokens: int
@@ -208,7 +228,5 @@ class _Asked:
     input: Input
     affinity: str
     ends_at: float | None
-
-    def left_s(self) -> float | None:
-        """What is left of the request's deadline. Raises DeadlineExceeded where nothing is."""
-        return left_s(self.ends_at, before="vLLM was asked")
+    begins_at: float | None
+    another_follows: bool
