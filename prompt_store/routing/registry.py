@@ -156,10 +156,10 @@ class RoutingRegistry:
         with self.database.read() as connection:
             return spending.read(connection, day)
 
-    def add_shadow_answers(self, answers: Iterable[ShadowAnswer]) -> int:
-        """Keeps those whose id is not there yet; returns how many."""
+    def add_shadow_answers(self, answers: Iterable[ShadowAnswer]) -> None:
+        """Keeps those whose id is not there yet."""
         with self.database.write() as connection:
-            return shadows.add_shadow_answers(connection, answers)
+            shadows.add_shadow_answers(connection, answers)
 
     def shadow_answers(self, task: str, *, limit: int = 50) -> list[ShadowAnswer]:
         """The newest first."""

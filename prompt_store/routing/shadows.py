@@ -57,21 +57,16 @@ class ShadowSummary:
     shadow_ms: float
 
 
-def add_shadow_answers(connection: Connection, answers: Iterable[ShadowAnswer]) -> int:
-    """Keeps those whose id is not there yet; returns how many. What a database cannot hold of a text is replaced."""
+def add_shadow_answers(connection: Connection, answers: Iterable[ShadowAnswer]) -> None:
+    """Keeps those whose id is not there yet. What a database cannot hold of a text is replaced."""
     rows = [
         {name: storable_text(value) if isinstance(value, str) else value for name, value in asdict(answer).items()}
         for answer in {answer.id: answer for answer in answers}.values()
     ]
     if not rows:
-        return 0
+        return
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    known = connection.execute(
-        select(shadow_answers.c.id).where(shadow_answers.c.id.in_([row["id"] for row in rows]))
-    ).scalars()
-    new = len(rows) - len(set(known))
     connection.execute(dialect.insert(shadow_answers).on_conflict_do_nothing(index_elements=["id"]), rows)
-    return new
 
 
 def read_shadow_answers(connection: Connection, task: str, limit: int) -> list[ShadowAnswer]:

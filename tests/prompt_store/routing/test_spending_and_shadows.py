@@ -7,6 +7,7 @@ import pytest
 from prompt_store.errors import InvalidArtifact, UnknownTask
 from prompt_store.prompts.registry import Registry
 from prompt_store.routing.shadows import ShadowAnswer, ShadowSummary
+from tests.prompt_store.building import ANNA, task
 
 TASK = "support_intents"
 MONDAY, TUESDAY = date(2030, 1, 7), date(2030, 1, 8)
@@ -68,12 +69,14 @@ def test_an_amount_that_is_none_is_refused(registry: Registry, amount: float) ->
 
 
 def test_shadow_answers_are_kept_once_and_listed_newest_first(registry: Registry) -> None:
-    assert registry.add_shadow_answers(map(answer, range(4))) == 4
+    registry.apply_task(task("other"), ANNA)
     other = answer(9, task="other")
-    assert registry.add_shadow_answers([answer(3, primary_text="sent again"), answer(4), answer(4), other]) == 2
-    assert registry.add_shadow_answers([]) == 0
+    registry.add_shadow_answers(map(answer, range(4)))
+    registry.add_shadow_answers([answer(3, primary_text="sent again"), answer(4), answer(4), other])
+    registry.add_shadow_answers([])
     assert registry.shadow_answers(TASK) == [answer(number) for number in (4, 3, 2, 1, 0)]
     assert registry.shadow_answers(TASK, limit=2) == [answer(4), answer(3)]
+    assert registry.shadow_answers("other") == [other]
     with pytest.raises(UnknownTask):
         registry.shadow_answers("nobody")
 
