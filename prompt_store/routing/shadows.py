@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from sqlalchemy import Connection, delete, func, select
-from sqlalchemy.dialects import postgresql, sqlite
 
+from prompt_store.database import insert_into
 from prompt_store.names import storable_text
 from prompt_store.tables import shadow_answers
 
@@ -65,8 +65,7 @@ def add_shadow_answers(connection: Connection, answers: Iterable[ShadowAnswer]) 
     ]
     if not rows:
         return
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    connection.execute(dialect.insert(shadow_answers).on_conflict_do_nothing(index_elements=["id"]), rows)
+    connection.execute(insert_into(connection, shadow_answers).on_conflict_do_nothing(index_elements=["id"]), rows)
 
 
 def read_shadow_answers(connection: Connection, task: str, limit: int) -> list[ShadowAnswer]:

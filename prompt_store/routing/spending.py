@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from datetime import date
 
 from sqlalchemy import Connection, select
-from sqlalchemy.dialects import postgresql, sqlite
 
+from prompt_store.database import insert_into
 from prompt_store.errors import InvalidArtifact
 from prompt_store.tables import spending
 
@@ -28,8 +28,7 @@ def add(connection: Connection, spent: Iterable[Spent]) -> None:
     ]
     if not rows:
         return
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    addition = dialect.insert(spending)
+    addition = insert_into(connection, spending)
     connection.execute(
         addition.on_conflict_do_update(
             index_elements=list(spending.primary_key),
