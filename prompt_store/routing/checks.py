@@ -27,7 +27,7 @@ from prompt_store.routing.routes import (
     Place,
     Route,
     TaskRoute,
-    answers_without,
+    endings,
     inner_routes,
     leaves,
 )
@@ -189,18 +189,17 @@ class _Checks:
 
     def warn_of_shutdowns(self, route: Route) -> None:
         """Of each leaf whose model goes away soon, and whether the route answers without all that are gone then."""
-        found = {way: self._find(leaf) for way, leaf in leaves(route)}
-        ending = {
-            way: (version, version.shutdown_date)
-            for way, version in found.items()
-            if isinstance(version, PromptVersion) and version.shutdown_date is not None
-        }
-        for way, (version, day) in ending.items():
-            said = _shutdown(version, self.today)
+        versions: dict[Place, PromptVersion] = {}
+        days: dict[Place, date] = {}
+        for way, leaf in leaves(route):
+            version = self._find(leaf)
+            if isinstance(version, PromptVersion) and version.shutdown_date is not None:
+                versions[way], days[way] = version, version.shutdown_date
+        for way, day, backed in endings(route, days):
+            said = _shutdown(day, self.today)
             if said is None:
                 continue
-            gone = frozenset(other for other, (_, when) in ending.items() if when <= day)
-            backed = answers_without(route, gone)
+            version = versions[way]
             model = version.payload.model if isinstance(version.payload, RemoteModelPayload) else version.label
             instead = (
                 "what the route has beside it answers then"
@@ -220,13 +219,11 @@ def _kind(version: PromptVersion) -> str:
     return f"{version.label}, which is of kind {version.payload.kind!r}"
 
 
-def _shutdown(version: PromptVersion, today: date) -> str | None:
-    """What there is to say of the model behind a version, None where nothing is known or it is long to go."""
-    if version.shutdown_date is None:
-        return None
-    days = (version.shutdown_date - today).days
+def _shutdown(day: date, today: date) -> str | None:
+    """What there is to say of a model that is gone from `day` on, None where it is long to go."""
+    days = (day - today).days
     if days <= 0:
-        return f"was shut down on {version.shutdown_date}"
+        return f"was shut down on {day}"
     if days > SHUTDOWN_WARNING_DAYS:
         return None
-    return f"is shut down on {version.shutdown_date}, in {days} {'day' if days == 1 else 'days'}"
+    return f"is shut down on {day}, in {days} {'day' if days == 1 else 'days'}"

@@ -7,6 +7,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
+from datetime import date
 from typing import Annotated, Any, Literal, Self, assert_never
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -240,6 +241,16 @@ def answers_without(route: Route, gone: frozenset[Place], place: Place = ()) -> 
         case ShadowRoute():
             return parts[0]
     assert_never(route)
+
+
+def endings(route: Route, days: Mapping[Place, date]) -> Iterator[tuple[Place, date, bool]]:
+    """Each leaf that goes away on a day, that day, and whether the route still answers every request then.
+
+    What goes before the leaf, or with it, is no replacement.
+    """
+    for place, day in days.items():
+        gone = frozenset(other for other, when in days.items() if when <= day)
+        yield place, day, answers_without(route, gone)
 
 
 def route_selectors(route: Route) -> frozenset[str]:

@@ -19,7 +19,7 @@ from prompt_store.prompts.snapshot import StoreSnapshot, TaskSnapshot
 from prompt_store.prompts.unreadable import Unreadable
 from prompt_store.prompts.version import SHUTDOWN_WARNING_DAYS, PromptVersion, RemoteModelPayload
 from prompt_store.routing.backends import BackendDescription, choose_backend
-from prompt_store.routing.routes import DirectRoute, Place, answers_without, leaves
+from prompt_store.routing.routes import DirectRoute, Place, endings, leaves
 from service.routing.errors import ModelRetired
 from service.routing.model_names import fine_tuned_base, stands_for
 
@@ -101,28 +101,26 @@ class Loss:
 def losses(task: TaskSnapshot, backends: Sequence[BackendDescription], retirements: Retirements) -> list[Loss]:
     """What a task's route loses and when, each version on each backend once, in the order of the route.
 
-    Whether it is replaced is as of its own day: what went before it is no replacement.
+    Whether it is replaced is as of its own day.
     """
     if isinstance(task.route, Unreadable):
         return []
     route = task.route.route
     days: dict[Place, date] = {}
-    versions: dict[Place, PromptVersion] = {}
+    losing: dict[Place, tuple[DirectRoute, PromptVersion]] = {}
     for place, leaf in leaves(route):
         version = _version(task, leaf)
         day = retirements.shutdown_of(version) if version is not None else None
         if version is not None and day is not None:
-            days[place], versions[place] = day, version
+            days[place], losing[place] = day, (leaf, version)
     found: dict[Loss, None] = {}
-    for place, leaf in leaves(route):
-        if place in days:
-            payload, day = versions[place].payload, days[place]
-            assert isinstance(payload, RemoteModelPayload)
-            chosen = choose_backend(backends, payload)
-            backend = leaf.backend or (chosen.name if chosen is not None else payload.provider)
-            gone = frozenset(other for other, when in days.items() if when <= day)
-            loss = Loss(task.name, versions[place].label, backend, payload.model, day, answers_without(route, gone))
-            found[loss] = None
+    for place, day, replaced in endings(route, days):
+        leaf, version = losing[place]
+        payload = version.payload
+        assert isinstance(payload, RemoteModelPayload)
+        chosen = choose_backend(backends, payload)
+        backend = leaf.backend or (chosen.name if chosen is not None else payload.provider)
+        found[Loss(task.name, version.label, backend, payload.model, day, replaced)] = None
     return list(found)
 
 
