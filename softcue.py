@@ -9,7 +9,6 @@ import typer
 
 from prompt_store.commands import app as prompts
 from prompt_store.commands.routes import app as routes
-from prompt_store.commands.routes import read_backends
 from service.commands import backends_of, register_base, serve
 from training.commands import app as tune
 from training.commands import calibrating
@@ -23,14 +22,17 @@ app.command("register-base")(register_base)
 
 
 @app.callback(invoke_without_command=True)
-def softcue(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+def softcue(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
     """Serve tuned prompts: one frozen base model, a soft prompt for every task."""
     if version:
         typer.echo(importlib.metadata.version("softcue"))
         raise typer.Exit
+    context.obj = backends_of  # by which `softcue routes` reads the settings of --config
 
 
-read_backends(backends_of)
 routes.add_typer(calibrating)
 app.add_typer(prompts, name="prompts")
 app.add_typer(routes, name="routes")

@@ -1,7 +1,7 @@
 """`softcue routes ...`: what answers each task. Routes are declared in TOML, checked whole and kept with their history.
 
 The backends that routes are checked against are those that services made known to the store. Whoever mounts these
-commands may give `read_backends` a reader of settings, which serves `--config`.
+commands may make a BackendsReader the context's object: it reads the settings that `--config` names.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ app = typer.Typer(
 )
 
 BackendsReader = Callable[[Path], "Sequence[BackendDescription]"]
-_readers: list[BackendsReader] = []
 
 ConfigOption = Annotated[
     Path | None,
@@ -53,13 +52,9 @@ ExpectOption = Annotated[
 ]
 
 
-def read_backends(reader: BackendsReader) -> None:
-    """Makes `reader` the one that gives the backends of a service's settings file, for `--config`."""
-    _readers[:] = [reader]
-
-
 @app.command()
 def apply(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Routes as TOML.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
     config: ConfigOption = None,
@@ -76,7 +71,7 @@ def apply(
         if expect is not None and len(declared.routes) > 1:
             raise typer.BadParameter("--expect is of one task's route; apply a file with that task alone")
         expected = dict.fromkeys(declared.routes, expect) if expect is not None else {}
-        backends = _backends_of(config)
+        backends = _backends_of(context, config)
         try:
             before = {task: _in_force(registry, task) for task in declared.routes}
             if dry_run:
@@ -187,6 +182,7 @@ def history(task: TaskArgument, store: StoreOption = DEFAULT_STORE, as_json: Jso
 
 @app.command()
 def rollback(
+    context: typer.Context,
     task: TaskArgument,
     to: Annotated[int | None, typer.Option("--to", metavar="N", help="This revision; else the one before.")] = None,
     config: ConfigOption = None,
@@ -204,7 +200,7 @@ def rollback(
             to=to,
             expected=expect,
             reason=reason,
-            backends=_backends_of(config),
+            backends=_backends_of(context, config),
         )
         change = _Change(task, before, applied.revision.route, applied, applied.warnings)
         if as_json:
@@ -262,10 +258,15 @@ def shadows(
 
 
 @app.command()
-def backends(config: ConfigOption = None, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+def backends(
+    context: typer.Context,
+    config: ConfigOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
     """List the backends that routes may name, and what each serves."""
     with refusals(), _problems_by_line():
-        found = _backends_of(config)
+        found = _backends_of(context, config)
     if found is None:
         with opened(store) as registry:
             found = registry.backends()
@@ -341,13 +342,14 @@ def _problems_by_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _backends_of(config: Path | None) -> Sequence[BackendDescription] | None:
+def _backends_of(context: typer.Context, config: Path | None) -> Sequence[BackendDescription] | None:
     """Those of a service's settings, None for the store's."""
     if config is None:
         return None
-    if not _readers:
+    reader: BackendsReader | None = context.obj
+    if reader is None:
         raise typer.BadParameter("nothing here reads a service's settings; leave --config out")
-    return _readers[0](config)
+    return reader(config)
 
 
 def _in_force(registry: Registry, task: str) -> TaskRoute | None:

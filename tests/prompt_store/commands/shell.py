@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from prompt_store.commands import app
 from prompt_store.prompts.artifact import Artifact, write_artifact
@@ -12,17 +12,21 @@ from tests.prompt_store.building import BASE, prompt
 
 
 class Shell:
-    """`softcue prompts` on one store; files are made in `folder`."""
+    """`softcue prompts` on one store; files are made in `folder`. `context` is the object of the commands' context."""
 
     commands = app
 
-    def __init__(self, folder: Path, store: str) -> None:
+    def __init__(self, folder: Path, store: str, context: object = None) -> None:
         self.folder = folder
         self.store = store
+        self.context = context
+
+    def invoke(self, *arguments: str) -> Result:
+        return CliRunner().invoke(self.commands, [*arguments, "--store", self.store], obj=self.context)
 
     def run(self, *arguments: str) -> str:
         """What a command that succeeds prints, which is all on stdout."""
-        result = CliRunner().invoke(self.commands, [*arguments, "--store", self.store])
+        result = self.invoke(*arguments)
         assert result.exit_code == 0, result.output
         assert result.stderr == ""
         return result.stdout
@@ -34,7 +38,7 @@ class Shell:
         """The one line on stderr of a command that is refused, with --json or without."""
         lines = set()
         for more in ([], ["--json"]):
-            result = CliRunner().invoke(self.commands, [*arguments, *more, "--store", self.store])
+            result = self.invoke(*arguments, *more)
             assert result.exit_code == 1, result.output
             assert result.stdout == ""
             lines.add(result.stderr)
@@ -44,7 +48,7 @@ class Shell:
 
     def misuse(self, *arguments: str) -> str:
         """What a command says whose arguments contradict each other, without the frame around it."""
-        result = CliRunner().invoke(self.commands, [*arguments, "--store", self.store])
+        result = self.invoke(*arguments)
         assert result.exit_code == 2, result.output
         return " ".join(result.stderr.replace("│", " ").split())
 

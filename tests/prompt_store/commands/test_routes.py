@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from prompt_store.commands import routes
 from prompt_store.database import Database
@@ -38,7 +37,7 @@ class RoutesShell(Shell):
 
     def refusals(self, *arguments: str) -> list[str]:
         """The lines on stderr of a command that is refused."""
-        result = CliRunner().invoke(self.commands, [*arguments, "--store", self.store])
+        result = self.invoke(*arguments)
         assert (result.exit_code, result.stdout) == (1, ""), result.output
         return result.stderr.splitlines()
 
@@ -141,13 +140,10 @@ def test_a_cascade_without_calibration_names_the_command_that_measures_one(route
     router.run("apply", file)
 
 
-def test_backends_are_listed_as_services_made_them_known_or_as_settings_have_them(
-    router: RoutesShell, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backends_are_listed_as_services_made_them_known_or_as_settings_have_them(router: RoutesShell) -> None:
     assert router.json("backends") == [LOCAL.document(), OPENAI.document()]
     assert "prefix, soft_prompt, text" in router.run("backends")
     settings = str(router.folder / "softcue.toml")
-    monkeypatch.setattr(routes, "_readers", [])
     assert "nothing here reads a service's settings" in router.misuse("backends", "--config", settings)
     asked: list[Path] = []
 
@@ -155,12 +151,12 @@ def test_backends_are_listed_as_services_made_them_known_or_as_settings_have_the
         asked.append(path)
         return [LOCAL]
 
-    routes.read_backends(reader)
+    router.context = reader
     assert router.json("backends", "--config", settings) == [LOCAL.document()]
     (line,) = router.refusals("apply", router.write(FALLBACK), "--config", settings)
     assert "no backend 'openai'" in line
     assert asked == [Path(settings)] * 2
-    elsewhere = RoutesShell(router.folder, str(router.folder / "none.db"))
+    elsewhere = RoutesShell(router.folder, str(router.folder / "none.db"), reader)
     assert elsewhere.json("backends", "--config", settings) == [LOCAL.document()]
 
 
