@@ -206,7 +206,8 @@ def note_shutdown(
 ) -> PromptVersion:
     """Writes down from which day on the model behind a version is gone, None to take that back.
 
-    Raises as `find_version`, and InvalidArtifact for a version that no remote model is behind.
+    Raises as `find_version`, and InvalidArtifact for a version that no remote model is behind, unless it has that date
+    already.
     """
     version = find_version(connection, task, selector)
     if day == version.shutdown_date:

@@ -1,7 +1,7 @@
 """Routes: a task's tree of decisions with its limits, as validated documents.
 
-`route_revisions` keeps them with their history, `route_checks` holds them against what there is to answer, and
-`route_files` reads them from TOML. Executing a route is the service's business.
+`revisions` keeps them with their history, `checks` holds them against what there is to answer, and `files` reads them
+from TOML. Executing a route is the service's business.
 """
 
 import math
