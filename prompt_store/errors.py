@@ -103,18 +103,22 @@ class BaseMismatch(StoreError):
     pass
 
 
+Place = tuple[str | int, ...]
+"""The way to something in a document: fields, and indices of lists."""
+
+
 @dataclass(frozen=True, slots=True)
 class RouteProblem:
-    """One thing that is wrong with a route; `place` leads to it through the document: fields, and indices of lists."""
+    """One thing that is wrong with a route, at its place in the document."""
 
-    place: tuple[str | int, ...]
+    place: Place
     message: str
 
     def __str__(self) -> str:
         return f"{written(self.place)}: {self.message}" if self.place else self.message
 
 
-def written(place: Iterable[str | int]) -> str:
+def written(place: Place) -> str:
     """A place in a route as answers and messages show it: route.routes[0].version."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).removeprefix(".")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 
-from prompt_store.errors import InvalidName, InvalidRoute, RouteProblem, nearest_name, written
+from prompt_store.errors import InvalidName, InvalidRoute, Place, RouteProblem, nearest_name, written
 from prompt_store.names import AliasSelector, parse_selector
 from prompt_store.prompts.snapshot import TaskSnapshot
 from prompt_store.prompts.unreadable import Unreadable, readable
@@ -24,7 +24,6 @@ from prompt_store.routing.routes import (
     CascadeRoute,
     DirectRoute,
     EnsembleRoute,
-    Place,
     Route,
     TaskRoute,
     endings,

@@ -24,10 +24,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from prompt_store.errors import InvalidArtifact, InvalidName, InvalidRoute, RouteProblem, nearest_name
+from prompt_store.errors import InvalidArtifact, InvalidName, InvalidRoute, Place, RouteProblem, nearest_name
 from prompt_store.files import read_bounded
 from prompt_store.names import check_task_name
-from prompt_store.routing.routes import MAX_DEPTH, MAX_LEAVES, Place, TaskRoute, problems_of
+from prompt_store.routing.routes import MAX_DEPTH, MAX_LEAVES, TaskRoute, problems_of
 from prompt_store.routing.toml_lines import lines_of
 
 _LARGEST_FILE = 2**20

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, assert_never
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from prompt_store.errors import InvalidArtifact, InvalidName, InvalidRoute, RouteProblem, written
+from prompt_store.errors import InvalidArtifact, InvalidName, InvalidRoute, Place, RouteProblem, written
 from prompt_store.names import check_text, parse_selector
 from prompt_store.prompts.version import Vote
 from prompt_store.routing.backends import check_backend_name
@@ -22,8 +22,6 @@ DEFAULT_ALIAS = "production"
 MAX_BRANCHES = 16
 MAX_DEPTH = 8
 MAX_LEAVES = 64
-
-Place = tuple[str | int, ...]
 
 _MEASURE = re.compile(r"mean_logprob|margin|agreement|quantile_logprob:0?\.[0-9]{1,4}")
 

@@ -4,7 +4,7 @@ import re
 import tomllib
 from collections import defaultdict
 
-Place = tuple[str | int, ...]
+from prompt_store.errors import Place
 
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 _SPACES = re.compile(r"[ \t]*")

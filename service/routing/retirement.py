@@ -13,13 +13,13 @@ from datetime import UTC, date, datetime, time
 from functools import lru_cache
 from typing import Literal
 
-from prompt_store.errors import InvalidName
+from prompt_store.errors import InvalidName, Place
 from prompt_store.names import parse_selector
 from prompt_store.prompts.snapshot import StoreSnapshot, TaskSnapshot
 from prompt_store.prompts.unreadable import Unreadable
 from prompt_store.prompts.version import SHUTDOWN_WARNING_DAYS, PromptVersion, RemoteModelPayload
 from prompt_store.routing.backends import BackendDescription, choose_backend
-from prompt_store.routing.routes import DirectRoute, Place, endings, leaves
+from prompt_store.routing.routes import DirectRoute, endings, leaves
 from service.routing.errors import ModelRetired
 from service.routing.model_names import fine_tuned_base, stands_for
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from prompt_store.errors import InvalidRoute
+from prompt_store.errors import InvalidRoute, Place
 from prompt_store.routing.files import RouteFile, load_routes, routes_to_toml
 from prompt_store.routing.routes import TaskRoute, leaves, parse_task_route
-from prompt_store.routing.toml_lines import Place, lines_of
+from prompt_store.routing.toml_lines import lines_of
 
 WHOLE = """\
 # Who answers support.

@@ -4,6 +4,7 @@ from datetime import UTC, date, datetime, timedelta
 
 import pytest
 
+from prompt_store.errors import Place
 from prompt_store.prompts.unreadable import Unreadable
 from prompt_store.routing.routes import (
     Arm,
@@ -11,7 +12,6 @@ from prompt_store.routing.routes import (
     DirectRoute,
     EnsembleRoute,
     FallbackRoute,
-    Place,
     Route,
     ShadowRoute,
     SplitRoute,
