@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from prompt_store.errors import InvalidArtifact, InvalidName, InvalidRoute, Place, RouteProblem, nearest_name
 from prompt_store.files import read_bounded
 from prompt_store.names import check_task_name
-from prompt_store.routing.routes import MAX_DEPTH, MAX_LEAVES, TaskRoute, problems_of
+from prompt_store.routing.routes import LIST_FIELDS, MAX_DEPTH, MAX_LEAVES, SINGLE_FIELDS, TaskRoute, problems_of
 from prompt_store.routing.toml_lines import lines_of
 
 _LARGEST_FILE = 2**20
@@ -35,8 +35,6 @@ _MOST_ROUTES = MAX_LEAVES * MAX_DEPTH
 _INLINE_WIDTH = 90
 
 _DIRECT_FIELDS = frozenset({"backend", "version"})
-_SINGLE = ("first", "second", "primary", "shadow")
-_LISTS = ("routes", "members")
 _SYNTAX = re.compile(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)")
 
 
@@ -168,10 +166,10 @@ class _Expansion:
         def inner(found: Any, *way: str | int) -> Any:
             return self.expand(found, (*place, *way), (*source, *way), within, depth + 1)
 
-        for key in _SINGLE:
+        for key in SINGLE_FIELDS:
             if key in whole:
                 whole[key] = inner(whole[key], key)
-        for key in _LISTS:
+        for key in LIST_FIELDS:
             if isinstance(whole.get(key), list):
                 whole[key] = [inner(each, key, index) for index, each in enumerate(whole[key])]
         if isinstance(whole.get("arms"), list):

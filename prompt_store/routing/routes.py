@@ -23,6 +23,11 @@ MAX_BRANCHES = 16
 MAX_DEPTH = 8
 MAX_LEAVES = 64
 
+SINGLE_FIELDS = ("first", "second", "primary", "shadow")
+"""Fields of routes that hold a route; an arm's is called route."""
+LIST_FIELDS = ("routes", "members")
+"""Fields of routes that hold a list of routes."""
+
 _MEASURE = re.compile(r"mean_logprob|margin|agreement|quantile_logprob:0?\.[0-9]{1,4}")
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -284,10 +289,6 @@ def _walk(route: Route) -> Iterator[tuple[Place, Route, int]]:
         pending += [((*place, *way), inner, depth + 1) for way, inner in reversed(inner_routes(each))]
 
 
-_SINGLE = frozenset({"route", "first", "second", "primary", "shadow"})
-_LISTS = frozenset({"routes", "members"})
-
-
 def _place(steps: tuple[int | str, ...]) -> Place:
     """pydantic's way to a problem without the tags of the union that it goes through."""
     place: list[int | str] = []
@@ -296,7 +297,8 @@ def _place(steps: tuple[int | str, ...]) -> Place:
         if tag_follows:
             tag_follows = False
             continue
-        tag_follows = step in _SINGLE or (isinstance(step, int) and bool(place) and place[-1] in _LISTS)
+        in_list = isinstance(step, int) and bool(place) and place[-1] in LIST_FIELDS
+        tag_follows = in_list or step in ("route", *SINGLE_FIELDS)
         place.append(step)
     return tuple(place)
 
