@@ -6,8 +6,9 @@ from TOML. Executing a route is the service's business.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date
+from functools import partial
 from typing import Annotated, Any, Literal, Self, assert_never
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -33,26 +34,20 @@ _MEASURE = re.compile(r"mean_logprob|margin|agreement|quantile_logprob:0?\.[0-9]
 _FROZEN = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
-def _selector(text: str) -> str:
-    try:
-        parse_selector(text)
-    except InvalidName as error:
-        raise ValueError(str(error)) from error
-    return text
+def _validated(check: Callable[[str], object]) -> AfterValidator:
+    """Has pydantic refuse what `check` refuses, in the same words."""
+
+    def validate(text: str) -> str:
+        try:
+            check(text)
+        except (InvalidName, InvalidArtifact) as error:
+            raise ValueError(str(error)) from error
+        return text
+
+    return AfterValidator(validate)
 
 
-def _backend(name: str) -> str:
-    try:
-        return check_backend_name(name)
-    except InvalidName as error:
-        raise ValueError(str(error)) from error
-
-
-def _text(text: str) -> str:
-    try:
-        return check_text("name", text)
-    except InvalidArtifact as error:
-        raise ValueError(str(error)) from error
+_Name = Annotated[str, Field(min_length=1, max_length=64), _validated(partial(check_text, "name"))]
 
 
 def check_measure(text: str) -> str:
@@ -73,8 +68,8 @@ class DirectRoute(BaseModel):
     model_config = _FROZEN
 
     kind: Literal["direct"] = "direct"
-    backend: Annotated[str, AfterValidator(_backend)] | None = None
-    version: Annotated[str, AfterValidator(_selector)] = DEFAULT_ALIAS
+    backend: Annotated[str, _validated(check_backend_name)] | None = None
+    version: Annotated[str, _validated(parse_selector)] = DEFAULT_ALIAS
 
 
 class Arm(BaseModel):
@@ -82,7 +77,7 @@ class Arm(BaseModel):
 
     model_config = _FROZEN
 
-    name: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_text)]
+    name: _Name
     weight: float = Field(gt=0.0, le=1.0, allow_inf_nan=False, strict=True)
     route: "Route"
 
@@ -93,7 +88,7 @@ class SplitRoute(BaseModel):
     model_config = _FROZEN
 
     kind: Literal["split"] = "split"
-    experiment: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_text)]
+    experiment: _Name
     arms: tuple[Arm, ...] = Field(min_length=2, max_length=MAX_BRANCHES)
 
     @model_validator(mode="after")
