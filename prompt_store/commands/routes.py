@@ -143,9 +143,11 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show a task's route, as it is in force or as it was."""
+    from prompt_store.routing.routes import TaskRoute
+
     with opened(store) as registry:
         found = _revision(registry, task, revision)
-        route = found.route if found is not None else registry.route(task)
+        route = found.route if found is not None else TaskRoute()
         if as_toml and not as_json:
             typer.echo(_toml(task, route), nl=False)
             return
