@@ -14,6 +14,7 @@ from prompt_store.commands.options import (
     DEFAULT_STORE,
     AliasOption,
     JsonOption,
+    NotesOption,
     ReasonOption,
     StoreOption,
     TagsOption,
@@ -43,7 +44,7 @@ def import_prompt(
         int | None, typer.Option(min=0, help="Which task of a MULTITASK_PROMPT_TUNING adapter.")
     ] = None,
     alias: AliasOption = None,
-    notes: Annotated[str | None, typer.Option(help="Notes kept with the version.")] = None,
+    notes: NotesOption = None,
     tags: TagsOption = None,
     reason: ReasonOption = "",
     store: StoreOption = DEFAULT_STORE,

@@ -18,6 +18,7 @@ from prompt_store.commands.options import (
     AliasOption,
     ExpectOption,
     JsonOption,
+    NotesOption,
     ReasonOption,
     SelectorArgument,
     ShutdownOption,
@@ -63,7 +64,7 @@ def publish(
         str | None, typer.Option(metavar="NAME_OR_FINGERPRINT", help="Its base model, if the file does not say.")
     ] = None,
     alias: AliasOption = None,
-    notes: Annotated[str | None, typer.Option(help="Notes kept with the version.")] = None,
+    notes: NotesOption = None,
     tags: TagsOption = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Its evaluation report as JSON.")] = None,
     reason: ReasonOption = "",
@@ -103,7 +104,7 @@ def ensemble(
         "majority"
     ),
     alias: AliasOption = None,
-    notes: Annotated[str, typer.Option(help="Notes kept with the version.")] = "",
+    notes: NotesOption = None,
     tags: TagsOption = None,
     reason: ReasonOption = "",
     store: StoreOption = DEFAULT_STORE,
@@ -116,7 +117,7 @@ def ensemble(
     with opened(store) as registry:
         versions = [registry.version(task, selector) for selector in members]
         payload = parse_ensemble([version.digest for version in versions], versions[0].base_fingerprint, vote)
-        new = NewVersion(task=task, payload_content=payload, notes=notes, tags=tuple(tags or ()))
+        new = NewVersion(task=task, payload_content=payload, notes=notes or "", tags=tuple(tags or ()))
         published = registry.publish(new, alias, reason, command_line_principal())
         print_published("the ensemble", published, alias, registry, as_json)
 
@@ -128,7 +129,7 @@ def remote(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As the provider calls it, such as ft:gpt:acme::1.")],
     shutdown_date: ShutdownOption = None,
     alias: AliasOption = None,
-    notes: Annotated[str, typer.Option(help="Notes kept with the version.")] = "",
+    notes: NotesOption = None,
     tags: TagsOption = None,
     reason: ReasonOption = "",
     store: StoreOption = DEFAULT_STORE,
@@ -142,7 +143,7 @@ def remote(
         new = NewVersion(
             task=task,
             payload_content=parse_remote_model(provider, model),
-            notes=notes,
+            notes=notes or "",
             tags=tuple(tags or ()),
             shutdown_date=shutdown_date.date() if shutdown_date is not None else None,
         )

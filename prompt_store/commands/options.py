@@ -34,6 +34,7 @@ ShutdownOption = Annotated[
     datetime | None,
     typer.Option(metavar="DATE", formats=["%Y-%m-%d"], help="The first day without the model, where it is announced."),
 ]
+NotesOption = Annotated[str | None, typer.Option(help="Notes kept with the version.")]
 TagsOption = Annotated[list[str] | None, typer.Option("--tag", metavar="TAG", help="A tag kept with it; repeatable.")]
 
 
