@@ -115,10 +115,10 @@ class RouteProblem:
     message: str
 
     def __str__(self) -> str:
-        return f"{written(self.place)}: {self.message}" if self.place else self.message
+        return f"{dotted(self.place)}: {self.message}" if self.place else self.message
 
 
-def written(place: Place) -> str:
+def dotted(place: Place) -> str:
     """A place in a route as answers and messages show it: route.routes[0].version."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).removeprefix(".")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 
-from prompt_store.errors import InvalidName, InvalidRoute, Place, RouteProblem, nearest_name, written
+from prompt_store.errors import InvalidName, InvalidRoute, Place, RouteProblem, dotted, nearest_name
 from prompt_store.names import AliasSelector, parse_selector
 from prompt_store.prompts.snapshot import TaskSnapshot
 from prompt_store.prompts.unreadable import Unreadable, readable
@@ -205,7 +205,7 @@ class _Checks:
                 if backed
                 else "nothing stands behind it, so put it in a fallback"
             )
-            where = written((self.task.name, "route", *way))
+            where = dotted((self.task.name, "route", *way))
             self.warnings.append(f"{where}: the model {model} of {self.task.name}@{version.label} {said}; {instead}")
 
     def _refuse(self, place: Place, message: str) -> None:

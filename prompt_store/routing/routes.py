@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, assert_never
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from prompt_store.errors import InvalidArtifact, InvalidName, InvalidRoute, Place, RouteProblem, written
+from prompt_store.errors import InvalidArtifact, InvalidName, InvalidRoute, Place, RouteProblem, dotted
 from prompt_store.names import check_text, parse_selector
 from prompt_store.prompts.version import Vote
 from prompt_store.routing.backends import check_backend_name
@@ -177,7 +177,7 @@ class TaskRoute(BaseModel):
         leaves = 0
         for place, route, depth in _walk(self.route):
             if depth > MAX_DEPTH:
-                raise ValueError(f"{written(place)} lies {depth} routes deep; nest at most {MAX_DEPTH} in each other")
+                raise ValueError(f"{dotted(place)} lies {depth} routes deep; nest at most {MAX_DEPTH} in each other")
             leaves += isinstance(route, DirectRoute)
         if leaves > MAX_LEAVES:
             raise ValueError(f"the route has more than {MAX_LEAVES} leaves; use fewer")
