@@ -123,7 +123,7 @@ def prepare(connection: Connection, new: NewVersion, alias: str | None) -> Prepa
     else:
         assert_never(content)
     if new.shutdown_date is not None:
-        check_shutdown(payload)
+        _check_shutdown(payload)
     return Prepared(
         digest=version_digest(revision.digest, payload),
         task_revision=revision,
@@ -212,7 +212,7 @@ def note_shutdown(
     version = find_version(connection, task, selector)
     if day == version.shutdown_date:
         return version
-    check_shutdown(version.payload)
+    _check_shutdown(version.payload)
     connection.execute(update(versions).where(versions.c.digest == version.digest).values(shutdown_date=day))
     record(
         connection,
@@ -227,7 +227,7 @@ def note_shutdown(
     return read_version(connection, version.digest)
 
 
-def check_shutdown(payload: Payload) -> None:
+def _check_shutdown(payload: Payload) -> None:
     """Raises InvalidArtifact for what no provider can shut down."""
     if not isinstance(payload, RemoteModelPayload):
         raise InvalidArtifact(

@@ -124,19 +124,19 @@ def rollback_target(connection: Connection, task: str, to: int | None) -> RouteR
     row = connection.execute(
         select(route_revisions).where(route_revisions.c.task == task, route_revisions.c.number == stands_for[wanted])
     ).one()
-    return to_route_revision(row)
+    return _to_route_revision(row)
 
 
 def read_route(connection: Connection, task: str) -> RouteRevision | None:
     """The route in force, None where none was ever applied. Raises SchemaMismatch where this code cannot read it."""
     row = _newest(connection, task)
-    return to_route_revision(row) if row is not None else None
+    return _to_route_revision(row) if row is not None else None
 
 
 def read_route_history(connection: Connection, task: str) -> list[RouteRevision]:
     """Every route a task had, newest first. Raises SchemaMismatch."""
     query = select(route_revisions).where(route_revisions.c.task == task).order_by(route_revisions.c.number.desc())
-    return [to_route_revision(row) for row in connection.execute(query)]
+    return [_to_route_revision(row) for row in connection.execute(query)]
 
 
 def read_routes(connection: Connection, tasks: Collection[str] | None = None) -> dict[str, TaskRoute | Unreadable]:
@@ -148,13 +148,13 @@ def read_routes(connection: Connection, tasks: Collection[str] | None = None) ->
     found: dict[str, TaskRoute | Unreadable] = {}
     for row in connection.execute(select(route_revisions).where(key.in_(newest))):
         try:
-            found[row.task] = to_route_revision(row).route
+            found[row.task] = _to_route_revision(row).route
         except SchemaMismatch as error:
             found[row.task] = Unreadable(str(error))
     return found
 
 
-def to_route_revision(row: Row[Any]) -> RouteRevision:
+def _to_route_revision(row: Row[Any]) -> RouteRevision:
     """Raises SchemaMismatch, caused by what pydantic says, for a document that this code cannot read."""
     try:
         route = read_document(row)
@@ -195,6 +195,6 @@ def _newest(connection: Connection, task: str) -> Row[Any] | None:
 
 def _read_row(row: Row[Any]) -> RouteRevision | None:
     try:
-        return to_route_revision(row)
+        return _to_route_revision(row)
     except SchemaMismatch:
         return None
