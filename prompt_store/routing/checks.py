@@ -53,7 +53,7 @@ def check_route(
                 )
             ]
         )
-    checks = _Checks(task, backends, today, readable(task.revision).task.kind == "classify")
+    checks = _Checks(task, backends, today, readable(task.revision).task.kind)
     checks.check((task.name, "route"), route.route, {})
     checks.warn_of_shutdowns(route.route)
     if checks.problems:
@@ -68,7 +68,7 @@ class _Checks:
     task: TaskSnapshot
     backends: Sequence[BackendDescription]
     today: date
-    classifies: bool
+    kind: str
     problems: list[RouteProblem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -88,7 +88,13 @@ class _Checks:
             self.check((*place, *way), inner, wanted)
 
     def _check_cascade(self, place: Place, route: CascadeRoute) -> None:
-        if route.measure == "margin" and not self.classifies:
+        if route.measure.startswith("quantile_logprob") and self.kind == "classify":
+            self._refuse(
+                (*place, "measure"),
+                f"{route.measure} is of an answer's tokens, and task {self.task.name!r} answers with labels; measure "
+                "margin or mean_logprob instead",
+            )
+        if route.measure == "margin" and self.kind != "classify":
             self._refuse(
                 (*place, "measure"),
                 f"margin lies between labels, and task {self.task.name!r} has none; measure mean_logprob instead",
@@ -144,8 +150,10 @@ class _Checks:
                 "service's settings"
             )
         wanted = dict(needs)
-        if self.classifies:
+        if self.kind == "classify":
             wanted["scores"] = "a task that classifies"
+        if self.kind == "extract":
+            wanted["structured_output"] = "a task that extracts"
         if isinstance(version.payload, EnsemblePayload) and version.payload.vote == "mean_logprob":
             wanted.setdefault("logprobs", f"{version.label}, an ensemble that votes by mean_logprob,")
         for feature, reason in wanted.items():

@@ -121,7 +121,7 @@ def test_an_ensemble_that_votes_by_log_probabilities_needs_them(registry: Regist
     assert "v3, an ensemble that votes by mean_logprob, needs logprobs, which backend 'local' does not give" in refusal
 
 
-@pytest.mark.parametrize("measure", ["margin", "mean_logprob", "quantile_logprob:0.1"])
+@pytest.mark.parametrize("measure", ["margin", "mean_logprob"])
 def test_a_cascade_needs_a_calibration_of_its_first_version(registry: Registry, measure: str) -> None:
     (refusal,) = refusals(registry, cascade(leaf("v2"), measure))
     measured = f"calibrate {TASK} --version v2 --measure {measure} --data ROWS --target 0.95"
@@ -135,6 +135,24 @@ def test_a_cascade_that_measures_log_probabilities_needs_them_of_its_first_route
     (refusal,) = refusals(registry, cascade(leaf("v1"), "mean_logprob"), scores, OPENAI)
     assert refusal.startswith(f"{TASK}.route.first: a cascade that measures mean_logprob needs logprobs")
     assert registry.apply_route(TASK, cascade(leaf("v1"), "margin"), ANNA, backends=[scores, OPENAI]).changed
+
+
+def test_a_quantile_is_not_for_tasks_with_labels(registry: Registry) -> None:
+    (refusal,) = refusals(registry, cascade(leaf("v1"), "quantile_logprob:0.1"))
+    assert refusal.startswith(f"{TASK}.route.measure: quantile_logprob:0.1 is of an answer's tokens")
+    registry.apply_task(task("letters", kind="generate", labels=[]), ANNA)
+    fill(registry, "letters")
+    by_quantile = cascade(leaf("v1"), "quantile_logprob:0.1")
+    assert registry.apply_route("letters", by_quantile, ANNA, backends=[LOCAL, OPENAI]).changed
+
+
+def test_a_task_that_extracts_needs_answers_of_a_form(registry: Registry) -> None:
+    registry.apply_task(task("queries", kind="extract", labels=[], json_schema={"type": "object"}), ANNA)
+    fill(registry, "queries")
+    (refusal,) = refusals(registry, leaf("v1", "local"), LOCAL, name="queries")
+    assert "a task that extracts needs structured_output, which backend 'local' does not give" in refusal
+    able = replace(LOCAL, features=LOCAL.features | {"structured_output"})
+    assert registry.apply_route("queries", parse_task_route(leaf("v1")), ANNA, backends=[able]).changed
 
 
 def test_margin_is_for_tasks_with_labels(registry: Registry) -> None:
