@@ -234,7 +234,7 @@ def shadows(
             ("shadow", "backend", "answers", "failed", "agreement", "ms", "ms of the shadow"),
             [
                 (
-                    f"{task}@{summary.shadow_label}" if summary.shadow_label else "none was asked",
+                    summary.shadow_label or "none was asked",
                     summary.shadow_backend,
                     str(summary.count),
                     str(summary.failed),

@@ -17,7 +17,7 @@ from prompt_store.tables import shadow_answers
 
 @dataclass(frozen=True, slots=True)
 class ShadowAnswer:
-    """One request's two answers; versions by digest and label, times in milliseconds.
+    """One request's two answers; versions by digest and label (`task@v2`), times in milliseconds.
 
     Of `shadow_text` and `shadow_error` one is None. `agreement` is from 0 to 1, None where it cannot be said.
     """

@@ -22,12 +22,12 @@ def answer(number: int, **changes: object) -> ShadowAnswer:
         task=TASK,
         at=START + timedelta(seconds=number),
         primary_version="a" * 64,
-        primary_label="v1",
+        primary_label=f"{TASK}@v1",
         primary_backend="local",
         primary_text="refund",
         primary_ms=10.0,
         shadow_version="b" * 64,
-        shadow_label="v2",
+        shadow_label=f"{TASK}@v2",
         shadow_backend="openai",
         shadow_text="delivery" if number % 2 else "refund",
         shadow_error=None,
@@ -83,10 +83,12 @@ def test_shadow_answers_are_kept_once_and_listed_newest_first(registry: Registry
 
 def test_a_summary_counts_failures_and_averages_agreement_where_it_can_be_said(registry: Registry) -> None:
     failed = {"shadow_text": None, "shadow_error": "timeout", "agreement": None}
-    registry.add_shadow_answers([*map(answer, range(4)), answer(4, **failed), answer(5, shadow_label="v3", **failed)])
+    registry.add_shadow_answers(
+        [*map(answer, range(4)), answer(4, **failed), answer(5, shadow_label=f"{TASK}@v3", **failed)]
+    )
     assert registry.shadow_summary(TASK) == [
-        ShadowSummary("b" * 64, "v2", "openai", 5, 1, 0.5, 10.0, 32.0),
-        ShadowSummary("b" * 64, "v3", "openai", 1, 1, None, 10.0, 35.0),
+        ShadowSummary("b" * 64, f"{TASK}@v2", "openai", 5, 1, 0.5, 10.0, 32.0),
+        ShadowSummary("b" * 64, f"{TASK}@v3", "openai", 1, 1, None, 10.0, 35.0),
     ]
 
 
