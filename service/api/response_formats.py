@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any, Literal
 
 from jsonschema import Draft202012Validator
@@ -11,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.engines.base import ResponseFormat
 from service.engines.errors import InvalidRequest
+
+_CACHED_VERDICTS = 256
+_LONGEST_CACHED_SCHEMA = 32 * 1024
 
 
 class JsonSchemaFormat(BaseModel):
@@ -93,13 +97,22 @@ def text_format(format: TextFormatBody | None) -> ResponseFormat:
 def _check_schema(form: ResponseFormat, parameter: str) -> None:
     if form.json_schema is None:
         return
+    text = json.dumps(form.json_schema)
+    problem_of = _schema_problem if len(text) <= _LONGEST_CACHED_SCHEMA else _schema_problem.__wrapped__
+    problem = problem_of(text)
+    if problem is not None:
+        place, message = problem
+        raise InvalidRequest(f"the JSON schema is not one at {place}: {message}; correct it there", parameter=parameter)
+
+
+@lru_cache(_CACHED_VERDICTS)
+def _schema_problem(schema: str) -> tuple[str, str] | None:
+    """Where a schema is none, and why. By its text: finding out takes milliseconds, and callers repeat themselves."""
     try:
-        Draft202012Validator.check_schema(form.json_schema)
+        Draft202012Validator.check_schema(json.loads(schema))
     except SchemaError as error:
-        place = "/".join(str(step) for step in error.absolute_path) or "its top"
-        raise InvalidRequest(
-            f"the JSON schema is not one at {place}: {error.message}; correct it there", parameter=parameter
-        ) from error
+        return "/".join(str(step) for step in error.absolute_path) or "its top", error.message
+    return None
 
 
 def _openai_forms(body: ResponseFormatBody | None) -> list[ResponseFormat]:

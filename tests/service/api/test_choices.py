@@ -11,8 +11,9 @@ from litestar.testing import AsyncTestClient
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from service.api.response_formats import StructuredOutputsBody, response_format
 from service.engines.base import Delta, GenerationRequest, RawText, ResponseFormat, TokenLogprob
-from service.engines.errors import GenerationFailed
+from service.engines.errors import GenerationFailed, InvalidRequest
 from service.engines.scripted import ScriptedEngine, echo
 from tests.service.api.test_openai import HELLO, chat, events
 
@@ -277,6 +278,15 @@ async def test_forms_that_contradict_themselves_are_refused(
     assert response.status_code == 400
     assert said in response.json()["error"]["message"]
     assert engine.requests == []
+
+
+@pytest.mark.parametrize("beside", [{}, {"description": "x" * 100_000}])
+def test_a_schemas_verdict_is_the_same_each_time_and_its_own(beside: dict[str, Any]) -> None:
+    good, bad = {"minimum": float("nan"), **beside}, {"minimum": None, **beside}
+    for _ in range(2):
+        assert response_format(None, StructuredOutputsBody(json=good)).json_schema == good
+        with pytest.raises(InvalidRequest, match="not one at minimum: None is not of type 'number'; correct it there"):
+            response_format(None, StructuredOutputsBody(json=bad))
 
 
 async def test_a_deadline_that_passes_is_a_gateway_timeout(
