@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from litestar import Controller, Request, Response, get, post
@@ -190,7 +189,8 @@ def _tail(generation: Generation, asked: GenerateBody, given: Answers) -> dict[s
 def _answer_body(task: Task, answer: Answer, measures: Sequence[str]) -> dict[str, Any]:
     body: dict[str, Any] = {"text": answer.text, "finish_reason": answer.finish_reason}
     if task.kind == "extract":
-        body |= asdict(extract(task, answer.text))
+        found = extract(task, answer.text)
+        body |= {"parsed": found.parsed, "invalid": found.invalid}
     if answer.agreement is not None:
         body["agreement"] = answer.agreement
     if measures:
