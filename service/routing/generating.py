@@ -60,15 +60,19 @@ class GenerateWork:
         """The generation of a leaf once its first event has come; whole, where its answer must be checked first."""
         leaf = self._leaves.open(run, target)
         capabilities = leaf.backend.engine.capabilities()
-        request = dataclasses.replace(
-            self._question.request_for(target, capabilities),
+        logprobs = self._question.request.logprobs
+        if self._with_logprobs and logprobs is None and "logprobs" in capabilities.features:
+            logprobs = 0
+        request = self._question.request_for(
+            target,
+            capabilities,
             id=f"{run.id}/{len(run.steps)}",
+            soft_prompt=leaf.soft_prompts[0],  # an ensemble gives each of its members its own
             principal=self._principal,
             task=run.plan.name,
+            logprobs=logprobs,
             deadline_s=left_s(run.ends_at),
         )
-        if self._with_logprobs and request.logprobs is None and "logprobs" in capabilities.features:
-            request = dataclasses.replace(request, logprobs=0)
         checked = self._question.constrained and "follow_up" in capabilities.features
         if checked and extract_task(target) is not None and request.n == 1:
             run.held_back = True
@@ -117,7 +121,7 @@ class GenerateWork:
         if leaf.vote is not None:
             stream = ensemble.generate(leaf.backend.engine, request, leaf.soft_prompts, leaf.vote)
         else:
-            stream = leaf.backend.engine.generate(dataclasses.replace(request, soft_prompt=leaf.soft_prompts[0]))
+            stream = leaf.backend.engine.generate(request)
         events = cast(AsyncGenerator[GenerationEvent], stream)
         first = await within(until, anext(events), f"backend '{leaf.backend.name}' had not begun to answer")
         return Begun(leaf.target, step, self._followed(run, leaf, step, first, events), source=events)

@@ -36,8 +36,8 @@ class Question:
     inputs: Mapping[str, str] | None = None
     constrained: bool = False
 
-    def request_for(self, target: Target, capabilities: Capabilities) -> GenerationRequest:
-        """The request to the engine of this target, without its soft prompt.
+    def request_for(self, target: Target, capabilities: Capabilities, **known: Any) -> GenerationRequest:
+        """The request to the engine of this target, with what else is `known` of it by then: id, soft prompt, deadline.
 
         Raises InvalidInputs for inputs that are not the task's, UnsupportedFeature as `chat_prompt` and `raw_prompt`.
         """
@@ -50,6 +50,7 @@ class Question:
             sampling=dataclasses.replace(sampling_defaults(target), **self.sampling),
             response_format=form,
             remote_model=remote_model(target),
+            **known,
         )
 
     def prompt_for(self, target: Target) -> Prompt:
