@@ -139,7 +139,7 @@ class TaskController(Controller):
             "id": given.id,
             "task": task.partition("@")[0],
             "version": answer.target.label,
-            "label": answer.labels[0].label,
+            "label": answer.label,
             "labels": [{"label": label.label, "probability": label.probability} for label in answer.labels],
             "usage": usage_body(answer.usage),
         }

@@ -36,9 +36,9 @@ class LabelProbability:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Classified:
-    """What a leaf makes of the labels in `names`, by their places: log-probabilities, and the order of preference.
+    """What a leaf makes of the labels in `names`, by their places: the order of preference, and probabilities.
 
-    `probabilities` are what is shown, None where only the choice is known. `agreement` is an ensemble's.
+    With `choice_only` the latter only say what was chosen, and are not shown. `agreement` is an ensemble's.
     """
 
     target: Target
@@ -46,21 +46,27 @@ class Classified:
     usage: Usage
     names: tuple[str, ...]
     order: tuple[int, ...]
-    log_probabilities: tuple[float, ...]
-    probabilities: tuple[float, ...] | None
+    probabilities: tuple[float, ...]
+    choice_only: bool
     agreement: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The chosen one."""
+        return self.names[self.order[0]]
 
     @property
     def labels(self) -> tuple[LabelProbability, ...]:
         """The chosen one first."""
         return tuple(
-            LabelProbability(self.names[place], self.probabilities[place] if self.probabilities is not None else None)
+            LabelProbability(self.names[place], None if self.choice_only else self.probabilities[place])
             for place in self.order
         )
 
     def confidence(self, measure: str) -> float | None:
         """How sure the choice is; see `label_confidence`."""
-        return label_confidence(measure, sorted(self.probabilities or (), reverse=True), self.agreement)
+        known = () if self.choice_only else self.probabilities
+        return label_confidence(measure, sorted(known, reverse=True), self.agreement)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,14 +138,14 @@ class ClassifyWork:
         Where not every member says how probable its labels are, or none is possible by all, the majority decides.
         """
         names = tuple(dict.fromkeys(name for answer in answers for name in answer.names))
-        known = [dict(zip(answer.names, answer.log_probabilities, strict=True)) for answer in answers]
+        known = [dict(zip(answer.names, map(_log, answer.probabilities), strict=True)) for answer in answers]
         values = [[each.get(name, -math.inf) for name in names] for each in known]
         comparable = any(min(column) > -math.inf for column in zip(*values, strict=True))
-        if not comparable or any(answer.probabilities is None for answer in answers):
+        if not comparable or any(answer.choice_only for answer in answers):
             vote = "majority"
         elected = ensemble.elect_label(values, vote)
         label = names[elected.order[0]]
-        winner = next((answer for answer in answers if answer.labels[0].label == label), answers[0])
+        winner = next((answer for answer in answers if answer.label == label), answers[0])
         for answer in answers:
             if answer is not winner:
                 answer.step.pass_over("another member's answer was elected")
@@ -148,8 +154,8 @@ class ClassifyWork:
             usage=total(answer.usage for answer in answers),
             names=names,
             order=elected.order,
-            log_probabilities=tuple(math.log(p) if p > 0.0 else -math.inf for p in elected.probabilities),
             probabilities=elected.probabilities,
+            choice_only=False,
             agreement=elected.agreement,
         )
 
@@ -195,7 +201,11 @@ class ClassifyWork:
             usage,
             task.labels,
             elected.order,
-            tuple(math.log(p) if p > 0.0 else -math.inf for p in elected.probabilities),
-            None if choice_only else elected.probabilities,
+            elected.probabilities,
+            choice_only,
             elected.agreement if leaf.vote is not None else None,
         )
+
+
+def _log(probability: float) -> float:
+    return math.log(probability) if probability > 0.0 else -math.inf

@@ -84,7 +84,7 @@ class Router:
         finally:
             record.answered_by(answer.target if answer is not None else run.last_target)
             if answer is not None:
-                run.said.append(answer.labels[0].label)
+                run.said.append(answer.label)
             record.end(outcome, answer.usage if answer is not None else None)
         return Classification(record.id, run, answer)
 
@@ -142,7 +142,7 @@ class Router:
         try:
             if isinstance(work, ClassifyWork):
                 answer = await self._executor.begin(run, work)
-                return Said(answer.labels[0].label, answer.step)
+                return Said(answer.label, answer.step)
             begun = await within(run.ends_at, work.hold(await self._executor.begin(run, work)))
             assert begun.whole is not None
             return Said(begun.whole.answers[0].text, begun.step)
