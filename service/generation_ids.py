@@ -9,6 +9,8 @@ import json
 import secrets
 from dataclasses import dataclass
 
+import msgspec
+
 from service.routing.errors import UnknownGeneration
 
 _MAC_BYTES = 12
@@ -33,9 +35,7 @@ def unit_hash(unit: str, key: bytes) -> str:
 
 def sign(tag: GenerationTag, key: bytes) -> str:
     """A new id for a generation: URL-safe, unique, unforgeable without the key."""
-    body = json.dumps(
-        [tag.task, tag.version, tag.arm, tag.unit_hash, tag.at_ms, secrets.token_hex(6)], separators=(",", ":")
-    ).encode()
+    body = msgspec.json.encode([tag.task, tag.version, tag.arm, tag.unit_hash, tag.at_ms, secrets.token_hex(6)])
     return f"{_encode(body)}.{_encode(_mac(body, key))}"
 
 

@@ -17,6 +17,12 @@ def test_an_id_says_what_the_generation_was_with_or_without_openais_prefix() -> 
     assert sign(TAG, KEY) != generation
 
 
+def test_an_id_that_an_earlier_release_signed_verifies() -> None:
+    """Bodies then wrote what is not ASCII as escapes."""
+    body = "WyJhIiwiIiwiclx1MDBmY2Nrd2VnIiwiYmU4ODMzNjE2N2NiNzJlNCIsMSwiMDEyMzQ1Njc4OWFiIl0"
+    assert verify(f"{body}.MIdgYc0tgxC8FVZe", KEY) == GenerationTag("a", "", "rückweg", unit_hash("", KEY), 1)
+
+
 def test_another_key_does_not_verify() -> None:
     with pytest.raises(UnknownGeneration):
         verify(sign(TAG, KEY), b"x" * 32)
