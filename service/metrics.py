@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -11,6 +12,8 @@ from prometheus_client.registry import Collector
 
 from service.engines.base import Engine
 from service.routing.run import Step
+
+Instrument = TypeVar("Instrument", Counter, Histogram)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -36,6 +39,7 @@ class Metrics:
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self.registry = CollectorRegistry()
+        self._labelled: dict[tuple[Counter | Histogram, tuple[str, ...]], Any] = {}
         self.requests = Counter(
             "softcue_requests", "Requests by how they ended", (*_LABELS, "outcome"), registry=self.registry
         )
@@ -89,14 +93,22 @@ class Metrics:
         )  # fmt: skip
         self.registry.register(_EngineCollector(engines))
 
+    def labelled(self, instrument: Instrument, *labels: str) -> Instrument:
+        """`instrument.labels(...)` at an eighth of its price, which a request pays several times."""
+        known = self._labelled.get((instrument, labels))
+        if known is None:
+            known = self._labelled[instrument, labels] = instrument.labels(*labels)
+        found: Instrument = known
+        return found
+
     def count_step(self, task: str, step: Step) -> None:
         """A leaf of a route was asked, and this is how it came out."""
         target = step.target
         version = target.version.label if target is not None and target.version is not None else ""
         labels = (task, version, target.backend if target is not None else "")
-        self.route_steps.labels(*labels, step.outcome).inc()
+        self.labelled(self.route_steps, *labels, step.outcome).inc()
         if step.cost:
-            self.cost.labels(*labels).inc(step.cost)
+            self.labelled(self.cost, *labels).inc(step.cost)
 
     def count_shadow(self, task: str, outcome: str, agreement: float | None) -> None:
         """A shadow's answer came, failed or was left out."""

@@ -81,17 +81,18 @@ class Record:
             return
         self._ended = True
         elapsed_s = time.perf_counter() - self.caller.started_s
-        values = self.labels.values()
-        self.metrics.requests.labels(*values, outcome).inc()
-        self.metrics.duration.labels(*values).observe(elapsed_s)
+        metrics, labels = self.metrics, self.labels.values()
+        metrics.labelled(metrics.requests, *labels, outcome).inc()
+        metrics.labelled(metrics.duration, *labels).observe(elapsed_s)
         if usage is not None:
-            self.metrics.prompt_tokens.labels(*values).inc(usage.prompt_tokens)
+            metrics.labelled(metrics.prompt_tokens, *labels).inc(usage.prompt_tokens)
             completion_tokens = usage.completion_tokens
         if self._first_token_s is not None:
-            self.metrics.time_to_first_token.labels(*values).observe(self._first_token_s)
+            metrics.labelled(metrics.time_to_first_token, *labels).observe(self._first_token_s)
             if (later := completion_tokens / self.streamed_choices - 1) > 0:
-                self.metrics.time_per_output_token.labels(*values).observe((elapsed_s - self._first_token_s) / later)
-        self.metrics.completion_tokens.labels(*values).inc(completion_tokens)
+                per_token_s = (elapsed_s - self._first_token_s) / later
+                metrics.labelled(metrics.time_per_output_token, *labels).observe(per_token_s)
+        metrics.labelled(metrics.completion_tokens, *labels).inc(completion_tokens)
         line: dict[str, Any] = {
             "id": self.id,
             "task": self.labels.task,
