@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -251,11 +251,12 @@ class ClientLeft(Exception):
     """The client closed the connection before its answer was ready; nobody reads what is answered now."""
 
 
-async def unless_disconnected(request: Request[Any, Any, Any], work: Awaitable[T]) -> T:
-    """Await work, but cancel it when the client leaves. Raises ClientLeft then."""
+@asynccontextmanager
+async def while_connected(request: Request[Any, Any, Any]) -> AsyncIterator[None]:
+    """Cancels what is awaited inside when the client leaves; ClientLeft comes out then."""
     await request.body()  # from here on, the next message can only be the disconnect
     async with _WhileConnected(request.receive):
-        return await work
+        yield
 
 
 def answer_client_left(_: Request[Any, Any, Any], __: ClientLeft) -> Response[None]:

@@ -16,7 +16,7 @@ from prompt_store.errors import StoreError
 from prompt_store.prompts.registry import TaskSnapshot
 from prompt_store.prompts.unreadable import Unreadable, UnreadableVersion
 from prompt_store.prompts.version import PromptVersion, RemoteModelPayload
-from service.api.answers import ERRORS, EventStream, errors, unless_disconnected
+from service.api.answers import ERRORS, EventStream, errors, while_connected
 from service.api.callers import caller_of
 from service.api.chat_messages import conversation
 from service.api.openai_answers import ChatShape, CompletionShape, Shape
@@ -118,15 +118,13 @@ async def _answer(
     caller = caller_of(request, body.unit_key)
     sampling = body.sampling()
     questions = [Question(each, sampling) for each in asked]
-    batch = await unless_disconnected(request, router.generate_each(plan, caller, questions))
+    async with while_connected(request):
+        batch = await router.generate_each(plan, caller, questions)
+        answers = None if body.stream else await batch.whole(asked[0].n)
     shape = shape_of(batch, body, asked[0])
-    if body.stream:
+    if answers is None:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(shape.stream(include_usage=include_usage), shape.headers, batch.aclose)
-    try:
-        answers = await unless_disconnected(request, batch.whole(asked[0].n))
-    finally:
-        await batch.aclose()
     return Response(shape.whole(answers), headers=shape.headers)
 
 

@@ -8,7 +8,7 @@ from litestar import Request, Response, post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
-from service.api.answers import ERRORS, EventStream, unless_disconnected
+from service.api.answers import ERRORS, EventStream, while_connected
 from service.api.callers import caller_of
 from service.api.responses_answers import ResponseShape
 from service.api.responses_shapes import ResponseBody
@@ -41,12 +41,10 @@ async def create_response(
         stream=bool(data.stream),
     )
     caller, question = caller_of(request, data.unit_key), Question(asked, data.sampling())
-    batch = await unless_disconnected(request, router.generate_each(plan, caller, [question]))
+    async with while_connected(request):
+        batch = await router.generate_each(plan, caller, [question])
+        answers = None if data.stream else await batch.whole()
     shape = ResponseShape(batch, data)
-    if data.stream:
+    if answers is None:
         return EventStream(shape.stream(), shape.headers, batch.aclose)
-    try:
-        (answers,) = await unless_disconnected(request, batch.whole())
-    finally:
-        await batch.aclose()
-    return Response(shape.whole(answers), headers=shape.headers)
+    return Response(shape.whole(*answers), headers=shape.headers)

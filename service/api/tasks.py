@@ -15,7 +15,7 @@ from prompt_store.prompts.registry import TaskSnapshot
 from prompt_store.prompts.task import Task
 from prompt_store.prompts.unreadable import Unreadable, readable
 from prompt_store.routing.routes import check_measure
-from service.api.answers import DONE, ERRORS, EventStream, errors, event, unless_disconnected
+from service.api.answers import DONE, ERRORS, EventStream, errors, event, while_connected
 from service.api.callers import caller_of
 from service.api.openai_answers import answer_headers, path_body, usage_body
 from service.api.openai_shapes import SamplingBody
@@ -107,14 +107,12 @@ class TaskController(Controller):
         )
         question = Question(asked, data.sampling(), data.inputs, data.constrained)
         plan, caller = _plan(catalog, task, data.version), caller_of(request, data.unit)
-        generation = await unless_disconnected(request, router.generate(plan, caller, question))
+        async with while_connected(request):
+            generation = await router.generate(plan, caller, question)
+            answers = None if data.stream else await generation.whole(data.choices)
         headers = answer_headers(generation.target, [generation.run])
-        if data.stream:
+        if answers is None:
             return EventStream(_stream(generation, data), headers, generation.aclose)
-        try:
-            answers = await unless_disconnected(request, generation.whole(data.choices))
-        finally:
-            await generation.aclose()
         return Response({**_head(generation), **_tail(generation, data, answers)}, headers=headers)
 
     @post("/{task:str}/classify", status_code=200, responses=ERRORS)
@@ -127,13 +125,10 @@ class TaskController(Controller):
         router: NamedDependency[Router],
     ) -> Response[dict[str, Any]]:
         """Every label of the task with its probability, the most probable first."""
-        asking = router.classify(
-            _plan(catalog, task, data.version),
-            caller_of(request, data.unit),
-            LabelQuestion(data.inputs, data.normalise, data.calibrate),
-            deadline_s=data.timeout_s,
-        )
-        given = await unless_disconnected(request, asking)
+        plan, caller = _plan(catalog, task, data.version), caller_of(request, data.unit)
+        question = LabelQuestion(data.inputs, data.normalise, data.calibrate)
+        async with while_connected(request):
+            given = await router.classify(plan, caller, question, deadline_s=data.timeout_s)
         answer = given.answer
         body: dict[str, Any] = {
             "id": given.id,

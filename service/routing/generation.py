@@ -80,8 +80,11 @@ class Generation:
         self.record.end("cancelled", None)
 
     async def whole(self, n: int = 1) -> Answers:
-        """All `n` choices at once."""
-        return await collect(self.events(), n)
+        """All `n` choices at once. However that ends, it is closed."""
+        try:
+            return await collect(self.events(), n)
+        finally:
+            await self.aclose()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +161,11 @@ class Batch:
             await asyncio.gather(*following, return_exceptions=True)
 
     async def whole(self, n: int = 1) -> list[Answers]:
-        """All `n` choices of each prompt at once."""
-        return await all_or_none(generation.whole(n) for generation in self.generations)
+        """All `n` choices of each prompt at once. However that ends, all are closed."""
+        try:
+            return await all_or_none(generation.whole(n) for generation in self.generations)
+        finally:
+            await self.aclose()  # also those that had not begun to be read
 
     async def aclose(self) -> None:
         """End all, wherever they stand. Closing twice changes nothing."""
