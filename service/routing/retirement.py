@@ -63,22 +63,22 @@ class Retirements:
         return (day - self.today()).days
 
     def state(self, day: date | None) -> State:
-        if day is None or self.days_left(day) > SHUTDOWN_WARNING_DAYS:
+        if day is None or (left := self.days_left(day)) > SHUTDOWN_WARNING_DAYS:
             return "served"
-        return "ending" if self.days_left(day) > 0 else "retired"
+        return "ending" if left > 0 else "retired"
 
     def check(self, version: PromptVersion) -> None:
         """Raises ModelRetired for a version whose model is gone."""
-        day = self.shutdown_of(version)
-        if day is not None and self.state(day) == "retired":
-            assert isinstance(version.payload, RemoteModelPayload)
-            raise ModelRetired(f"{version.task}@{version.label}", version.payload.model, day)
+        if isinstance(version.payload, RemoteModelPayload):
+            self._check(f"{version.task}@{version.label}", version.payload.model, self.shutdown_of(version))
 
     def check_model(self, model: str) -> None:
         """Raises ModelRetired for a provider's model that is gone."""
-        day = self.announced(model)
+        self._check("the request", model, self.announced(model))
+
+    def _check(self, what: str, model: str, day: date | None) -> None:
         if day is not None and self.state(day) == "retired":
-            raise ModelRetired("the request", model, day)
+            raise ModelRetired(what, model, day)
 
     def _earliest(self, model: str) -> date | None:
         names = [name for name in (model, fine_tuned_base(model)) if name is not None]
