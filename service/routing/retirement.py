@@ -134,15 +134,18 @@ class RetirementWatch:
         self._retirements = retirements
         self._backends = backends
         self._said: dict[Loss, date] = {}
+        self._known: dict[str, tuple[TaskSnapshot, list[Loss]]] = {}
         self.losses: tuple[Loss, ...] = ()
 
     def look(self, snapshot: StoreSnapshot) -> None:
         """To be called with each new snapshot, and again every day."""
-        self.losses = tuple(
-            loss
-            for _, task in sorted(snapshot.tasks.items())
-            for loss in losses(task, self._backends, self._retirements)
-        )
+        before, self._known = self._known, {}
+        for name, task in sorted(snapshot.tasks.items()):
+            known = before.get(name)
+            if known is None or known[0] is not task:  # a task that did not change is the same object
+                known = (task, losses(task, self._backends, self._retirements))
+            self._known[name] = known
+        self.losses = tuple(loss for _, found in self._known.values() for loss in found)
         today = self._retirements.today()
         due = [loss for loss in self.losses if self._retirements.state(loss.day) != "served"]
         for loss in due:

@@ -184,6 +184,16 @@ def test_a_model_far_from_its_end_is_watched_and_not_warned_of(
     assert "nothing answers in its place; publish a version that stays" in caplog.text
 
 
+def test_only_tasks_that_changed_are_looked_through_again(dates: Retirements, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    shutdown_of = dates.shutdown_of
+    monkeypatch.setattr(dates, "shutdown_of", lambda version: asked.append(version.label) or shutdown_of(version))
+    watch, state = RetirementWatch(dates, BACKENDS), snapshot(task(V1, version(1, TUNED, SOON)))
+    watch.look(state)
+    watch.look(state)
+    assert (asked, len(watch.losses)) == (["v1"], 1)
+
+
 def test_what_is_mended_is_watched_no_more(dates: Retirements) -> None:
     watch = RetirementWatch(dates, BACKENDS)
     watch.look(snapshot(task(V1, version(1, TUNED, SOON))))
