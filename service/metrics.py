@@ -105,7 +105,7 @@ class Metrics:
         """A leaf of a route was asked, and this is how it came out."""
         target = step.target
         version = target.version.label if target is not None and target.version is not None else ""
-        labels = (task, version, target.backend if target is not None else "")
+        labels = (task, version, step.backend)
         self.labelled(self.route_steps, *labels, step.outcome).inc()
         if step.cost:
             self.labelled(self.cost, *labels).inc(step.cost)

@@ -114,12 +114,7 @@ class Record:
 
 def _in_short(step: Step) -> dict[str, str]:
     """A step for the log: who was asked and how it came out, in no words of a provider's, who may repeat a prompt."""
-    target = step.target
-    known = {
-        "backend": target.backend if target is not None else "",
-        "version": target.label if target is not None else "",
-        "outcome": step.outcome,
-    }
+    known = {"backend": step.backend, "version": step.label, "outcome": step.outcome}
     if step.error:
         known["error"] = step.error
     if step.provider_request_id:

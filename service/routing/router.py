@@ -19,7 +19,7 @@ from service.routing.plan import Plan
 from service.routing.questions import Question
 from service.routing.recent import Recent
 from service.routing.record import Caller, Record
-from service.routing.run import Failure, Run, within
+from service.routing.run import Failure, Run, Step, within
 from service.routing.shadowing import Said, Shadows
 
 _SHADOW_DEADLINE_S = 120.0
@@ -147,7 +147,8 @@ class Router:
             assert begun.whole is not None
             return Said(begun.whole.answers[0].text, begun.step)
         except Failure as error:
-            return Said(None, run.steps[-1] if run.steps else None, str(error))
+            nobody = Step("route", None, time.perf_counter())
+            return Said(None, run.steps[-1] if run.steps else nobody, str(error))
         finally:
             for step in run.steps:
                 self._metrics.count_step(plan.name, step)

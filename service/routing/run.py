@@ -45,6 +45,16 @@ class Step:
     provider_request_id: str = ""
     seconds: float = 0.0
 
+    @property
+    def backend(self) -> str:
+        """Empty where it was not known whom to ask."""
+        return self.target.backend if self.target is not None else ""
+
+    @property
+    def label(self) -> str:
+        """The target's, empty likewise."""
+        return self.target.label if self.target is not None else ""
+
     def end(self, outcome: Outcome, reason: str = "") -> None:
         """How it came out; what is said later changes nothing, except that an answer may be passed over."""
         if self.outcome == "running":
@@ -80,8 +90,8 @@ class Step:
         """For an answer's body: what it did, without what it did not."""
         known: dict[str, Any] = {
             "place": self.place,
-            "backend": self.target.backend if self.target is not None else "",
-            "version": self.target.label if self.target is not None else "",
+            "backend": self.backend,
+            "version": self.label,
             "outcome": self.outcome,
             "milliseconds": round(self.seconds * 1000, 1),
             "cost": self.cost,

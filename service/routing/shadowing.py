@@ -35,16 +35,8 @@ class Said:
     """What a request was answered, and by which step; `text` is None where that failed, for the reason in `error`."""
 
     text: str | None
-    step: Step | None
+    step: Step
     error: str | None = None
-
-    @property
-    def target(self) -> Target | None:
-        return self.step.target if self.step is not None else None
-
-    @property
-    def milliseconds(self) -> float:
-        return self.step.seconds * 1000 if self.step is not None else 0.0
 
 
 class Shadows:
@@ -125,7 +117,7 @@ class Shadows:
     def _keep(
         self, generation_id: str, place: str, task: Task, primary: Said, shadow: Said, agreed: float | None
     ) -> None:
-        answered, asked = primary.target, shadow.target
+        answered, asked = primary.step, shadow.step
         if len(self._found) >= _KEPT:
             del self._found[0]
         self._found.append(
@@ -134,17 +126,17 @@ class Shadows:
                 generation_id=generation_id,
                 task=task.name,
                 at=datetime.now(UTC),
-                primary_version=_digest(answered),
-                primary_label=answered.label if answered is not None else "",
-                primary_backend=answered.backend if answered is not None else "",
+                primary_version=_digest(answered.target),
+                primary_label=answered.label,
+                primary_backend=answered.backend,
                 primary_text=primary.text or "",
-                primary_ms=primary.milliseconds,
-                shadow_version=_digest(asked),
-                shadow_label=asked.label if asked is not None else "",
-                shadow_backend=asked.backend if asked is not None else "",
+                primary_ms=answered.seconds * 1000,
+                shadow_version=_digest(asked.target),
+                shadow_label=asked.label,
+                shadow_backend=asked.backend,
                 shadow_text=shadow.text,
                 shadow_error=shadow.error,
-                shadow_ms=shadow.milliseconds,
+                shadow_ms=asked.seconds * 1000,
                 agreement=agreed,
             )
         )
