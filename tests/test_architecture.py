@@ -17,7 +17,7 @@ FLOORS = {
     "prompt_store": 0,
     "service": 3,
     "service.engines": 1,
-    "service.experiments": 2,  # nothing stands there yet
+    "service.experiments": 2,
     "service.routing": 3,
     "service.api": 4,
     "service.app": 5,
