@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from prompt_store.prompts.task import Task
+from service.engines.remote.failures import retry_after_s
 from training.calibrating import Judged
 from training.dataset import Example
 from training.errors import CalibrationError
@@ -112,8 +113,5 @@ def _number(value: Any) -> float | None:
 
 
 def _wait_s(response: httpx.Response, attempt: int) -> float:
-    try:
-        asked = float(response.headers.get("retry-after", ""))
-    except ValueError:
-        asked = 0.0
+    asked = retry_after_s(response.headers) or 0.0
     return min(_LONGEST_WAIT_S, max(asked, float(2 ** (attempt - 1))))
