@@ -78,17 +78,18 @@ class Leaves:
         version = target.version
         if version is None:
             return (None,)
-        kind = version.payload.kind
-        if ("soft_prompt" if kind == "ensemble" else kind) not in backend.engine.capabilities().payload_kinds:
+        payload, described = version.payload, self._backends.descriptions[backend.name]
+        if not described.serves(payload):
+            if isinstance(payload, RemoteModelPayload) and payload.kind in described.payload_kinds:
+                raise NotServed(
+                    f"{target.label} is a model at '{payload.provider}', but backend '{backend.name}' is at "
+                    f"'{backend.provider}'; name a backend of its own provider"
+                )
             raise UnsupportedFeature(
-                f"{target.label} is of kind '{kind}'; backend '{backend.name}' does not serve it", parameter="model"
+                f"{target.label} is of kind '{payload.kind}'; backend '{backend.name}' does not serve it",
+                parameter="model",
             )
-        if isinstance(version.payload, RemoteModelPayload) and version.payload.provider != backend.provider:
-            raise NotServed(
-                f"{target.label} is a model at '{version.payload.provider}', but backend '{backend.name}' is at "
-                f"'{backend.provider}'; name a backend of its own provider"
-            )
-        if isinstance(version.payload, TextPayload | RemoteModelPayload):
+        if isinstance(payload, TextPayload | RemoteModelPayload):
             return (None,)
         assert run.plan.task is not None
         return self._catalog.references(run.plan.task, version)
