@@ -94,12 +94,12 @@ def create_app(
     registry = Registry(database)
     if base is not None:
         registry.register_base(base.describe(), _SERVICE)
-    registry.register_backends(list(served.descriptions.values()), _SERVICE)
+    registry.register_backends(served.described, _SERVICE)
     if settings.store.seed is not None:
         load_bundle(registry, settings.store.seed, DEFAULT_ALIAS, _SERVICE)
     metrics = Metrics(served.engines)
     retirements = Retirements(settings.retirements, utc_now)
-    watch = RetirementWatch(retirements, list(served.descriptions.values()))
+    watch = RetirementWatch(retirements, served.described)
     metrics.watch_retirements(watch.timestamps)
 
     def refreshed(sequence: int) -> None:
@@ -127,7 +127,7 @@ def create_app(
     router = Router(served, leaves, Executor(catalog), shadows, Recent(), metrics, database.signing_key())
     dates = ShutdownDates(
         {name: backend.ask for name, backend in served.items() if backend.ask is not None},
-        list(served.descriptions.values()),
+        served.described,
         lambda version, day: registry.note_shutdown(version.task, version.digest, day, _SERVICE),
         retirements.announced,
     )
@@ -252,12 +252,13 @@ class _AnyKey(dict[str, str]):
 
 def _open_base(settings: Settings) -> BaseModel | None:
     """The base model, None where no backend needs one."""
-    if not settings.engine.enabled and not any(backend.kind == "vllm" for backend in settings.backends.values()):
+    wanted = any(backend.kind == "vllm" for backend in settings.backends.values())
+    if not settings.engine.enabled and not wanted:
         return None
     try:
         return open_base_model(settings.base.path, name=settings.base.name)
     except BaseModelError as error:
-        if any(backend.kind == "vllm" for backend in settings.backends.values()) or not settings.backends:
+        if wanted or not settings.backends:
             raise
         raise BaseModelError(f"{error}. Without a base model, [engine] enabled = false serves the backends") from error
 

@@ -47,7 +47,7 @@ class Backends(Mapping[str, Backend]):
     def __init__(self, backends: Iterable[Backend]) -> None:
         self._backends = {backend.name: backend for backend in backends}
         self.descriptions = {name: backend.describe() for name, backend in self._backends.items()}
-        self._described = list(self.descriptions.values())
+        self.described = list(self.descriptions.values())
 
     def __getitem__(self, name: str) -> Backend:
         return self._backends[name]
@@ -77,7 +77,7 @@ class Backends(Mapping[str, Backend]):
         first that does; empty where none does."""
         if preferred is not None and preferred in self and self.descriptions[preferred].serves(payload):
             return preferred
-        chosen = choose_backend(self._described, payload)
+        chosen = choose_backend(self.described, payload)
         return chosen.name if chosen is not None else ""
 
     def refuse(self, payload: Payload) -> NoReturn:
