@@ -288,18 +288,15 @@ class Catalog:
 
     def target(self, task: TaskSnapshot, leaf: DirectRoute) -> Target:
         """Who answers for a leaf of the task's route. Raises as `resolve`."""
-        return self._target(task, leaf.backend, leaf.version)
-
-    def _target(self, task: TaskSnapshot, backend: str | None, selector: str) -> Target:
-        version = self._version(task, selector)
-        return Target(backend or self.backends.serving(version.payload), self._revision(task, version), version)
+        version = self._version(task, leaf.version)
+        backend = leaf.backend or self.backends.serving(version.payload)
+        return Target(backend, self._revision(task, version), version)
 
     def _named(self, task: TaskSnapshot, route: Route, selector: str) -> Target:
         """Who answers for a version that is asked for: the backend that the route has for it, where it has one."""
         version = self._version(task, selector)
-        at = [leaf.backend for _, leaf in leaves(route) if task.find(_parse_selector(leaf.version)) is version]
-        preferred = at[0] if at else route.backend if isinstance(route, DirectRoute) else None
-        backend = self.backends.serving(version.payload, preferred)
+        at = next((leaf for _, leaf in leaves(route) if task.find(_parse_selector(leaf.version)) is version), route)
+        backend = self.backends.serving(version.payload, at.backend if isinstance(at, DirectRoute) else None)
         return Target(backend, self._revision(task, version), version)
 
     def _version(self, task: TaskSnapshot, selector: str) -> PromptVersion:
