@@ -29,7 +29,7 @@ async def ready(catalog: NamedDependency[Catalog], router: NamedDependency[Route
     `store` says whether the store can be reached now; what was read of it is served without. `warm` says whether the
     prompts that aliases point at are all computed; until they are, first answers take a moment longer.
     """
-    states = {name: engine.stats().ready for name, engine in router.engines.items()}
+    states = {name: engine.stats().ready for name, engine in router.backends.engines.items()}
     is_ready = catalog.loaded and all(states.values())
     body = {
         "status": _in_words(is_ready),

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from prompt_store.routing.routes import check_measure
 from service.engines.collecting import Answer
 
-QUANTILE = "quantile_logprob"
+_QUANTILE = "quantile_logprob"
 
 
 def needs_logprobs(measure: str) -> bool:
     """Whether a generated answer must bring its tokens' log-probabilities for this measure."""
-    return measure == "mean_logprob" or measure.startswith(QUANTILE)
+    return measure == "mean_logprob" or measure.startswith(_QUANTILE)
 
 
 def confidence(measure: str, answer: Answer) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-FINE_TUNED = "ft:"
+_FINE_TUNED = "ft:"
 
 # What may follow an entry: the date or number of a snapshot, then nothing or what a provider sets apart.
 _REST = re.compile(r"(?:-\d{4}-\d{2}-\d{2}|-\d{3,})?(?:[:@/].*)?", re.DOTALL)
@@ -22,4 +22,4 @@ def stands_for(entry: str, model: str) -> bool:
 
 def fine_tuned_base(model: str) -> str | None:
     """The base inside a fine-tuned id: `gpt-4o-mini-2024-07-18` of `ft:gpt-4o-mini-2024-07-18:acme::x`, else None."""
-    return model.removeprefix(FINE_TUNED).partition(":")[0] or None if model.startswith(FINE_TUNED) else None
+    return model.removeprefix(_FINE_TUNED).partition(":")[0] or None if model.startswith(_FINE_TUNED) else None

@@ -43,11 +43,6 @@ class Plan:
     daily_cost_ceiling: float | None = None
 
     @property
-    def label(self) -> str:
-        """Of its target; empty where a route decides."""
-        return self.target.label if self.target is not None else ""
-
-    @property
     def name(self) -> str:
         """The task's name; empty for the bare base and for a provider's model."""
         return self.task.name if self.task is not None else ""

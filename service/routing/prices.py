@@ -8,7 +8,7 @@ from typing import Protocol
 from service.engines.base import Usage
 from service.routing.model_names import stands_for
 
-OTHERWISE = "default"
+_OTHERWISE = "default"
 _TOKENS_PRICED = 1_000_000
 
 
@@ -46,5 +46,5 @@ def find_price(prices: Mapping[str, Price], model: str) -> Price | None:
     """The price that `cost` goes by, None where there is none."""
     if model in prices:
         return prices[model]
-    entry = max((entry for entry in prices if stands_for(entry, model)), key=len, default=OTHERWISE)
+    entry = max((entry for entry in prices if stands_for(entry, model)), key=len, default=_OTHERWISE)
     return prices.get(entry)

@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from service.engines.base import Engine
 from service.metrics import Metrics
 from service.routing.backends import Backends
 from service.routing.classifying import ClassifyWork, LabelQuestion, Priors
@@ -49,11 +48,6 @@ class Router:
         # Engines know requests by names of their own: who answers, and so the signed id, is known later.
         self._replica = secrets.token_hex(4)
         self._count = itertools.count(1)
-
-    @property
-    def engines(self) -> dict[str, Engine]:
-        """By backend."""
-        return self.backends.engines
 
     async def generate(self, plan: Plan, caller: Caller, question: Question) -> Generation:
         """Begin to answer. Raises EngineError, StoreError or RoutingError before the first token."""

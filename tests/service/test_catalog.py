@@ -38,10 +38,10 @@ from tests.service.serving import COPY, INTENTS, Store, open_store, random_prefi
 async def test_a_publish_elsewhere_is_warmed_and_then_served(store: Store) -> None:
     engine = ScriptedEngine()
     async with following(store, engine) as (catalog, refreshes):
-        assert catalog.resolve("intents").label == "intents@v1"
+        assert catalog.resolve("intents").target.label == "intents@v1"
         prompt = random_prompt(2, 4)
         store.publish("intents", prompt)
-        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v2")
+        await refreshes.until(lambda: catalog.resolve("intents").target.label == "intents@v2")
         assert engine.warmed == {prompt.digest}
 
 
@@ -63,14 +63,14 @@ async def test_the_new_version_is_warm_before_any_request_can_meet_it(store: Sto
     class Watching(ScriptedEngine):
         async def warm(self, soft_prompt: SoftPromptReference) -> None:
             if catalogs:
-                served_while_warming.append(catalogs[0].resolve("intents").label)
+                served_while_warming.append(catalogs[0].resolve("intents").target.label)
             await super().warm(soft_prompt)
 
     catalogs: list[Catalog] = []
     async with following(store, Watching()) as (catalog, refreshes):
         catalogs.append(catalog)
         store.publish("intents", random_prompt(2, 4))
-        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v2")
+        await refreshes.until(lambda: catalog.resolve("intents").target.label == "intents@v2")
     assert served_while_warming == ["intents@v1"]
 
 
@@ -87,7 +87,7 @@ async def test_a_version_that_cannot_be_warmed_is_counted_and_others_are_served(
         store.publish("intents", bad, alias="candidate")
         await refreshes.until(lambda: "candidate" in catalog.snapshot.tasks["intents"].aliases)
         assert refreshes.failures == 1
-        assert catalog.resolve("intents").label == "intents@v1"
+        assert catalog.resolve("intents").target.label == "intents@v1"
 
 
 async def test_what_an_absent_engine_could_not_warm_is_warmed_when_it_is_back(store: Store) -> None:
@@ -106,7 +106,7 @@ async def test_what_an_absent_engine_could_not_warm_is_warmed_when_it_is_back(st
         catalogs.append(catalog)
         store.publish("intents", prompt)
         await refreshes.until(lambda: engine.warmed == {prompt.digest})
-        assert (engine.refusals, catalog.resolve("intents").label) == (0, "intents@v2")
+        assert (engine.refusals, catalog.resolve("intents").target.label) == (0, "intents@v2")
 
 
 async def test_a_publish_does_not_wait_for_an_engine_that_is_away(store: Store) -> None:
@@ -129,7 +129,7 @@ async def test_a_publish_does_not_wait_for_an_engine_that_is_away(store: Store) 
     async with following(store, engine) as (catalog, refreshes):
         engine.back.clear()
         store.publish("intents", prompt)
-        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v2")
+        await refreshes.until(lambda: catalog.resolve("intents").target.label == "intents@v2")
         assert not catalog.settled
         engine.back.set()
         await refreshes.until(lambda: engine.warmed == {prompt.digest})
@@ -157,7 +157,7 @@ async def test_a_publish_waits_for_one_prompt_of_the_backlog_at_most(store: Stor
         await refreshes.until(lambda: engine.asked == 1)
         store.publish("intents", new)
         engine.go_on.release()
-        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v6")
+        await refreshes.until(lambda: catalog.resolve("intents").target.label == "intents@v6")
         assert (new.digest in engine.warmed, engine.asked <= 2, catalog.settled) == (True, True, False)
 
 
@@ -177,9 +177,9 @@ async def test_a_store_that_cannot_be_read_leaves_the_last_snapshot_and_is_tried
         flaky.broken = True
         store.publish("intents", random_prompt(2, 4))
         await refreshes.until(lambda: refreshes.failures > 0)
-        assert catalog.resolve("intents").label == "intents@v1"
+        assert catalog.resolve("intents").target.label == "intents@v1"
         flaky.broken = False
-        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v2")
+        await refreshes.until(lambda: catalog.resolve("intents").target.label == "intents@v2")
     assert caplog.text.count("the disk is away") == 1
 
 
@@ -187,9 +187,9 @@ async def test_moving_an_alias_back_brings_the_old_version_back(store: Store) ->
     engine = ScriptedEngine()
     async with following(store, engine) as (catalog, refreshes):
         store.publish("intents", random_prompt(2, 4))
-        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v2")
+        await refreshes.until(lambda: catalog.resolve("intents").target.label == "intents@v2")
         store.registry.move_alias("intents", "production", "v1", reason="back", principal=ANONYMOUS)
-        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v1")
+        await refreshes.until(lambda: catalog.resolve("intents").target.label == "intents@v1")
         await refreshes.until(lambda: engine.warmed == {random_prompt(1, 4).digest})
 
 
@@ -241,7 +241,7 @@ async def test_a_database_that_tells_of_a_publish_need_not_be_asked(
     async with following(store, ScriptedEngine()) as (catalog, refreshes):
         for number in (2, 3):
             await asyncio.to_thread(store.publish, "intents", random_prompt(number, 4))
-            await refreshes.until(lambda label=f"intents@v{number}": catalog.resolve("intents").label == label)
+            await refreshes.until(lambda label=f"intents@v{number}": catalog.resolve("intents").target.label == label)
 
 
 async def test_closing_ends_the_thread_that_waits_for_the_store(store: Store) -> None:
@@ -266,10 +266,10 @@ async def test_a_database_that_restarts_is_caught_up_with_and_serves_meanwhile(
             await asyncio.to_thread(server.cluster.stop)
             await refreshes.until(lambda: refreshes.failures > 2)
             assert not catalog.store_reachable
-            assert catalog.resolve("intents").label == "intents@v1"
+            assert catalog.resolve("intents").target.label == "intents@v1"
             await asyncio.to_thread(server.cluster.start)
             await asyncio.to_thread(store.publish, "intents", random_prompt(2, 4))
-            await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v2")
+            await refreshes.until(lambda: catalog.resolve("intents").target.label == "intents@v2")
             assert catalog.store_reachable
         store.registry.database.close()
     assert caplog.text.count("serving what is known") == 1
@@ -285,13 +285,13 @@ async def test_what_another_release_wrote_refuses_itself_alone(store: Store) -> 
         connection.execute(update(versions).where(versions.c.number == 2).values(payload='{"kind": "hologram"}'))
         connection.execute(update(route_revisions).values(document='{"kind": "lottery"}'))
     async with following(store, ScriptedEngine()) as (catalog, _):
-        assert catalog.resolve("intents").label == "intents@v1"
+        assert catalog.resolve("intents").target.label == "intents@v1"
         for name in ("intents@candidate", "intents@v2"):
             with pytest.raises(SchemaMismatch, match=r"v2 of task 'intents'.*upgrade Softcue"):
                 catalog.resolve(name)
         with pytest.raises(SchemaMismatch, match="the route of task 'copy'"):
             catalog.resolve("copy")
-        assert catalog.resolve("copy@production").label == "copy@v1"
+        assert catalog.resolve("copy@production").target.label == "copy@v1"
 
 
 async def test_a_route_of_several_leaves_is_left_to_whoever_follows_it(store: Store) -> None:
@@ -303,7 +303,7 @@ async def test_a_route_of_several_leaves_is_left_to_whoever_follows_it(store: St
         plan = catalog.resolve("intents")
         assert (plan.target, plan.route, plan.deadline_s) == (None, route.route, 3)
         named = catalog.resolve("intents@v1")
-        assert (named.label, named.deadline_s) == ("intents@v1", 3)
+        assert (named.target.label, named.deadline_s) == ("intents@v1", 3)
 
 
 async def test_a_prefix_is_warmed_and_referred_to_like_a_soft_prompt(store: Store) -> None:

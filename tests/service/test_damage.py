@@ -40,17 +40,17 @@ async def test_a_damaged_version_is_refused_alone_and_tried_again(
         for name in ("intents", "intents@production", "intents@v2", f"intents@{damaged.digest}"):
             with pytest.raises(DamagedArtifact, match="is damaged on disk"):
                 catalog.resolve(name)
-        assert catalog.resolve("intents@v1").label == "intents@v1"
-        assert catalog.resolve("copy").label == "copy@v1"
+        assert catalog.resolve("intents@v1").target.label == "intents@v1"
+        assert catalog.resolve("copy").target.label == "copy@v1"
         assert (refreshes.failures, catalog.damage.versions, catalog.damage.fallen_back) == (1, 1, 0)
         store.publish("copy", random_prompt(6, 4))
-        await refreshes.until(lambda: catalog.resolve("copy").label == "copy@v2")
+        await refreshes.until(lambda: catalog.resolve("copy").target.label == "copy@v2")
         with pytest.raises(DamagedArtifact):
             catalog.resolve("intents")
         flip(store, damaged)
         store.publish("copy", random_prompt(7, 4))
-        await refreshes.until(lambda: catalog.resolve("copy").label == "copy@v3")
-        assert catalog.resolve("intents").label == "intents@v2"
+        await refreshes.until(lambda: catalog.resolve("copy").target.label == "copy@v3")
+        assert catalog.resolve("intents").target.label == "intents@v2"
         assert catalog.damage.versions == 0
     assert caplog.text.count("intents@v2 is refused") == 1
     assert caplog.text.count("intents@v2 can be read again") == 1
@@ -87,7 +87,7 @@ async def test_an_alias_falls_back_to_its_newest_whole_target_where_that_is_want
     engine = ScriptedEngine()
     async with following(store, engine, fall_back=True) as (catalog, refreshes):
         for name in ("intents", "intents@production"):
-            assert catalog.resolve(name).label == "intents@v1"
+            assert catalog.resolve(name).target.label == "intents@v1"
         assert engine.warmed == {random_prompt(1, 4).digest}
         assert (catalog.damage.versions, catalog.damage.fallen_back) == (2, 1)
         for name in ("intents@v3", f"intents@{third.digest[:12]}"):
@@ -95,10 +95,10 @@ async def test_an_alias_falls_back_to_its_newest_whole_target_where_that_is_want
                 catalog.resolve(name)
         flip(store, second)
         store.registry.apply_route("intents", TaskRoute(route=DirectRoute(version="production")), ANONYMOUS)
-        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v2")
+        await refreshes.until(lambda: catalog.resolve("intents").target.label == "intents@v2")
         flip(store, third)
         store.task(COPY)
-        await refreshes.until(lambda: catalog.resolve("intents").label == "intents@v3")
+        await refreshes.until(lambda: catalog.resolve("intents").target.label == "intents@v3")
         await refreshes.until(lambda: catalog.damage.fallen_back == 0)
         await refreshes.until(lambda: engine.warmed == {random_prompt(3, 4).digest})
     for number in (1, 2):
@@ -109,12 +109,12 @@ async def test_an_alias_falls_back_to_its_newest_whole_target_where_that_is_want
 async def test_damage_that_is_noticed_between_refreshes_makes_an_alias_fall_back(store: Store) -> None:
     damaged = store.publish("intents", random_prompt(2, 4))
     async with following(store, ScriptedEngine(), fall_back=True) as (catalog, refreshes):
-        assert catalog.resolve("intents").label == "intents@v2"
+        assert catalog.resolve("intents").target.label == "intents@v2"
         flip(store, damaged)
         with pytest.raises(DamagedArtifact):
             await asyncio.to_thread(catalog.reference(damaged).load)
         await refreshes.until(lambda: catalog.damage.fallen_back == 1)
-        assert catalog.resolve("intents").label == "intents@v1"
+        assert catalog.resolve("intents").target.label == "intents@v1"
 
 
 async def test_an_ensemble_with_a_damaged_member_is_refused(store: Store) -> None:
@@ -125,4 +125,4 @@ async def test_an_ensemble_with_a_damaged_member_is_refused(store: Store) -> Non
     async with following(store, ScriptedEngine()) as (catalog, _):
         with pytest.raises(DamagedArtifact):
             catalog.resolve("intents")
-        assert catalog.resolve("intents@v2").label == "intents@v2"
+        assert catalog.resolve("intents@v2").target.label == "intents@v2"
