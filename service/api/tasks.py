@@ -23,10 +23,10 @@ from service.catalog import Catalog
 from service.engines.base import Delta, GenerationEvent, GenerationRequest, Messages
 from service.engines.collecting import Answer, Answers, assemble
 from service.engines.scoring import Normalise
-from service.routing.classifying import LabelQuestion
 from service.routing.confidence import confidence, needs_logprobs
 from service.routing.extracting import extract
 from service.routing.generation import Generation
+from service.routing.leaf_classification import LabelQuestion
 from service.routing.plan import Plan
 from service.routing.questions import Question
 from service.routing.router import Router

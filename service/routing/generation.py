@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from service.engines.base import Delta, Finish, GenerationEvent
 from service.engines.collecting import Answers, all_or_none, collect
-from service.routing.classifying import Classified
-from service.routing.generating import Begun
+from service.routing.leaf_classification import Classified
+from service.routing.leaf_generation import Begun
 from service.routing.plan import Target
 from service.routing.record import Record
 from service.routing.run import Run

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from service.metrics import Metrics
 from service.routing.backends import Backends
-from service.routing.classifying import ClassifyWork, LabelQuestion, Priors
 from service.routing.execute import Executor
-from service.routing.generating import GenerateWork
 from service.routing.generation import Batch, Classification, Generation
+from service.routing.leaf_classification import ClassifyWork, LabelQuestion, Priors
+from service.routing.leaf_generation import GenerateWork
 from service.routing.leaves import Leaves
 from service.routing.plan import Plan
 from service.routing.questions import Question

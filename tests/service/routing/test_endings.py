@@ -17,7 +17,7 @@ from service.engines.base import Delta, Finish, GenerationEvent, GenerationReque
 from service.engines.errors import EngineError, GenerationFailed
 from service.engines.scripted import ScriptedEngine
 from service.routing.backends import Backend
-from service.routing.generating import Begun
+from service.routing.leaf_generation import Begun
 from service.routing.plan import Target
 from service.routing.run import Step
 from tests.service.routing.routed import (
