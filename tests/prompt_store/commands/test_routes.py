@@ -173,9 +173,9 @@ def test_recorded_shadow_answers_are_summed_up_and_the_newest_shown(router: Rout
     with Database.open(router.store) as database:
         Registry(database).add_shadow_answers(
             ShadowAnswer(
-                f"s{n}", f"gen_{n}", "support_intents", at + timedelta(seconds=n), "a" * 64, "support_intents@v1", "local", "refund",
-                12.0, "b" * 64, "support_intents@v2", "openai", None if n == 2 else f"answer {n}", "timeout" if n == 2 else None, 250.0,
-                None if n == 2 else 0.5,
+                f"s{n}", f"gen_{n}", "support_intents", at + timedelta(seconds=n), "a" * 64,
+                "support_intents@v1", "local", "refund", 12.0, "b" * 64, "support_intents@v2", "openai",
+                None if n == 2 else f"answer {n}", "timeout" if n == 2 else None, 250.0, None if n == 2 else 0.5,
             )
             for n in range(3)
         )  # fmt: skip
