@@ -29,7 +29,7 @@ from service.engines.errors import EngineError, InvalidRequest, RequestError
 from service.experiments.assignment import assign
 from service.routing.errors import WrongTaskKind
 from service.routing.plan import Target
-from service.routing.run import Failure, Run, Step, within
+from service.routing.run import Failure, Run, Step, Turn, within
 
 # Of all failures those that no other leaf would answer differently: the caller must change the request. Inputs are not
 # among them: the version of another leaf may be of a revision of the task that has these.
@@ -52,8 +52,8 @@ T = TypeVar("T", bound=Asked)
 class Work(Protocol[T]):
     """What is wanted of each leaf, and how answers are held against each other."""
 
-    async def ask(self, run: Run, target: Target, step: Step, until: float | None) -> T:
-        """The leaf's answer, as far as it must be there by then, before a caller is told anything. Raises Failure."""
+    async def ask(self, run: Run, target: Target, step: Step, turn: Turn) -> T:
+        """The leaf's answer in its turn, as far as it must be there before the caller is told anything; or Failure."""
         ...
 
     async def hold(self, answer: T) -> T:
@@ -72,6 +72,10 @@ class Work(Protocol[T]):
         """Of an answer that was held."""
         ...
 
+    def no_confidence(self, measure: str, answer: T) -> str:
+        """Why an answer has none."""
+        ...
+
     def vote(self, answers: Sequence[T], vote: Vote) -> T:
         """The one that these, which were held, come to together."""
         ...
@@ -88,56 +92,57 @@ class Executor:
         """The answer of the run's plan, as far as `Work.ask` waits for it. Raises Failure."""
         left_s(run.ends_at)
         if run.plan.target is not None:
-            return await self._ask(run, run.plan.target, work, "route", run.ends_at)
-        return await self.follow(run, run.plan.route, work, "route", run.ends_at)
+            return await self._ask(run, run.plan.target, work, "route", Turn(run.ends_at))
+        return await self.follow(run, run.plan.route, work, "route", Turn(run.ends_at))
 
-    async def follow(self, run: Run, route: Route, work: Work[T], place: str, until: float | None) -> T:
-        """The answer of a route that stands at `place`, which has until then (`time.monotonic`, None for ever)."""
+    async def follow(self, run: Run, route: Route, work: Work[T], place: str, turn: Turn) -> T:
+        """The answer of a route that stands at `place`."""
         match route:
             case DirectRoute():
-                return await self._direct(run, route, work, place, until)
+                return await self._direct(run, route, work, place, turn)
             case SplitRoute():
                 arm = route.arms[assign(route.experiment, run.unit, [arm.weight for arm in route.arms])]
                 run.arm = arm.name
-                return await self.follow(run, arm.route, work, f"{place}.arms[{arm.name}]", until)
+                return await self.follow(run, arm.route, work, f"{place}.arms[{arm.name}]", turn)
             case FallbackRoute():
-                return await self._fallback(run, route, work, place, until)
+                return await self._fallback(run, route, work, place, turn)
             case CascadeRoute():
-                return await self._cascade(run, route, work, place, until)
+                return await self._cascade(run, route, work, place, turn)
             case ShadowRoute():
-                answer = await self.follow(run, route.primary, work, f"{place}.primary", until)
+                answer = await self.follow(run, route.primary, work, f"{place}.primary", turn)
                 if self._draw() < route.sample:
                     run.shadows.append((route.shadow, f"{place}.shadow"))
                 return answer
             case EnsembleRoute():
-                return await self._ensemble(run, route, work, place, until)
+                return await self._ensemble(run, route, work, place, turn)
             case _:
                 assert_never(route)
 
-    async def _direct(self, run: Run, route: DirectRoute, work: Work[T], place: str, until: float | None) -> T:
+    async def _direct(self, run: Run, route: DirectRoute, work: Work[T], place: str, turn: Turn) -> T:
         assert run.plan.task is not None
         try:
             target = self._catalog.target(run.plan.task, route)
         except Failure as error:
             run.begin(place, None).fail(error)
             raise
-        return await self._ask(run, target, work, place, until)
+        return await self._ask(run, target, work, place, turn)
 
-    async def _ask(self, run: Run, target: Target, work: Work[T], place: str, until: float | None) -> T:
+    async def _ask(self, run: Run, target: Target, work: Work[T], place: str, turn: Turn) -> T:
         step = run.begin(place, target)
         try:
-            left_s(until)
-            return await work.ask(run, target, step, until)
+            left_s(turn.until)
+            return await work.ask(run, target, step, turn)
         except BaseException as error:
             step.fail(error)
             raise
 
-    async def _fallback(self, run: Run, route: FallbackRoute, work: Work[T], place: str, until: float | None) -> T:
+    async def _fallback(self, run: Run, route: FallbackRoute, work: Work[T], place: str, turn: Turn) -> T:
         """The first that answers. Where none does, the failure that says most."""
         failures: list[Exception] = []
         for index, each in enumerate(route.routes):
             try:
-                share = _share(until, len(route.routes) - index)
+                left = len(route.routes) - index
+                share = Turn(_share(turn.until, left), turn.another_follows or left > 1)
                 return await self.follow(run, each, work, f"{place}.routes[{index}]", share)
             except _FOR_THE_CALLER:
                 raise
@@ -145,41 +150,43 @@ class Executor:
                 failures.append(error)
         raise _most_telling(failures)
 
-    async def _cascade(self, run: Run, route: CascadeRoute, work: Work[T], place: str, until: float | None) -> T:
+    async def _cascade(self, run: Run, route: CascadeRoute, work: Work[T], place: str, turn: Turn) -> T:
         """The first's answer where it is sure enough, else the second's; the first's too where the second fails."""
         run.held_back = True
         measured = work.measured()
         try:
-            half = _share(until, 2)
-            first = await _whole(measured, await self.follow(run, route.first, measured, f"{place}.first", half), half)
+            half = Turn(_share(turn.until, 2), another_follows=True)
+            begun = await self.follow(run, route.first, measured, f"{place}.first", half)
+            first = await _whole(measured, begun, half.until)
         except _FOR_THE_CALLER:
             raise
         except Failure as failure:
             try:
-                return await self.follow(run, route.second, work, f"{place}.second", until)
+                return await self.follow(run, route.second, work, f"{place}.second", turn)
             except Failure as error:
                 raise _most_telling([failure, error]) from None
         confidence = first.step.confidence = measured.confidence(route.measure, first)
-        reason = _not_accepted(run, route.measure, first.target, confidence)
+        reason = _not_accepted(run, route.measure, measured, first, confidence)
         if not reason:
             return first
         first.step.pass_over(reason)
         try:
-            return await self.follow(run, route.second, work, f"{place}.second", until)
+            return await self.follow(run, route.second, work, f"{place}.second", turn)
         except _FOR_THE_CALLER:
             raise
         except Failure:
             first.step.take_back(f"{reason}; it is answered all the same because the second failed")
             return first
 
-    async def _ensemble(self, run: Run, route: EnsembleRoute, work: Work[T], place: str, until: float | None) -> T:
+    async def _ensemble(self, run: Run, route: EnsembleRoute, work: Work[T], place: str, turn: Turn) -> T:
         """What the members come to together. One that fails fails all, and what others answered is passed over."""
         voting = work.voting()
         run.held_back = True
         members = f"{place}.members["
 
         async def ask(index: int, member: Route) -> T:
-            return await _whole(voting, await self.follow(run, member, voting, f"{members}{index}]", until), until)
+            begun = await self.follow(run, member, voting, f"{members}{index}]", turn)
+            return await _whole(voting, begun, turn.until)
 
         try:
             answers = await all_or_none(ask(index, member) for index, member in enumerate(route.members))
@@ -215,14 +222,15 @@ def _most_telling(failures: Sequence[Exception]) -> Exception:
     return max(reversed(failures), key=rank)
 
 
-def _not_accepted(run: Run, measure: str, target: Target, confidence: float | None) -> str:
+def _not_accepted(run: Run, measure: str, work: Work[T], first: T, confidence: float | None) -> str:
     """Why a cascade's first answer is not the one to give; empty where it is."""
+    target = first.target
     calibrations = run.plan.task.calibrations if run.plan.task is not None else {}
     calibration = calibrations.get((target.version.digest, measure)) if target.version is not None else None
     if calibration is None:
         return f"{target.label} has no calibration for {measure}"
     if confidence is None:
-        return f"its backend does not tell {measure}"
+        return work.no_confidence(measure, first)
     if confidence < calibration.threshold:
         return f"{measure} {confidence:.4g} is under the threshold {calibration.threshold:.4g}"
     return ""

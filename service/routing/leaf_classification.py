@@ -14,14 +14,13 @@ from prompt_store.prompts.version import Vote
 from service.engines import ensemble
 from service.engines.base import ScoreRequest, Scores, Usage
 from service.engines.collecting import total
-from service.engines.deadlines import left_s
 from service.engines.scoring import CONTENT_FREE, Normalise, label_log_probabilities
 from service.routing.confidence import label_confidence
 from service.routing.errors import WrongTaskKind
 from service.routing.leaves import Leaf, Leaves
 from service.routing.plan import Target
 from service.routing.questions import remote_model, task_prompt
-from service.routing.run import Run, Step, within
+from service.routing.run import Run, Step, Turn, for_an_engine, within
 
 _KEPT_PRIORS = 4096
 
@@ -117,8 +116,8 @@ class ClassifyWork:
         self._question = question
         self._principal = principal
 
-    async def ask(self, run: Run, target: Target, step: Step, until: float | None) -> Classified:
-        return await within(until, self._ask(run, target, step))
+    async def ask(self, run: Run, target: Target, step: Step, turn: Turn) -> Classified:
+        return await within(turn.until, self._ask(run, target, step, turn))
 
     async def hold(self, answer: Classified) -> Classified:
         return answer
@@ -131,6 +130,9 @@ class ClassifyWork:
 
     def confidence(self, measure: str, answer: Classified) -> float | None:
         return answer.confidence(measure)
+
+    def no_confidence(self, measure: str, answer: Classified) -> str:
+        return f"its backend does not tell {measure}"
 
     def vote(self, answers: Sequence[Classified], vote: Vote) -> Classified:
         """Versions may be of revisions with other labels: those of all are voted on.
@@ -159,7 +161,7 @@ class ClassifyWork:
             agreement=elected.agreement,
         )
 
-    async def _ask(self, run: Run, target: Target, step: Step) -> Classified:
+    async def _ask(self, run: Run, target: Target, step: Step, turn: Turn) -> Classified:
         assert target.task is not None
         task = target.task.task
         if task.kind != "classify":
@@ -173,7 +175,8 @@ class ClassifyWork:
             task.labels,
             remote_model=remote_model(target),
             principal=self._principal,
-            deadline_s=left_s(run.ends_at),
+            deadline_s=for_an_engine(turn.until),
+            another_follows=turn.another_follows,
             task=task.name,
         )
         members = await ensemble.score(leaf.backend.engine, request, leaf.soft_prompts)

@@ -13,14 +13,13 @@ from prompt_store.prompts.version import Vote
 from service.engines import ensemble
 from service.engines.base import Delta, Finish, GenerationEvent, GenerationRequest, Messages
 from service.engines.collecting import Answer, Answers, assemble, total
-from service.engines.deadlines import left_s
 from service.engines.errors import UnsupportedFeature
 from service.routing.confidence import confidence
 from service.routing.extracting import extract
 from service.routing.leaves import Leaf, Leaves
 from service.routing.plan import Target
 from service.routing.questions import Question, extract_task
-from service.routing.run import Failure, Run, Step, within
+from service.routing.run import Failure, Run, Step, Turn, for_an_engine, within
 
 
 @dataclasses.dataclass(slots=True)
@@ -56,7 +55,7 @@ class GenerateWork:
         self._principal = principal
         self._with_logprobs = with_logprobs
 
-    async def ask(self, run: Run, target: Target, step: Step, until: float | None) -> Begun:
+    async def ask(self, run: Run, target: Target, step: Step, turn: Turn) -> Begun:
         """The generation of a leaf once its first event has come; whole, where its answer must be checked first."""
         leaf = self._leaves.open(run, target)
         capabilities = leaf.backend.engine.capabilities()
@@ -71,13 +70,15 @@ class GenerateWork:
             principal=self._principal,
             task=run.plan.name,
             logprobs=logprobs,
-            deadline_s=left_s(run.ends_at),
+            deadline_s=for_an_engine(run.ends_at),
+            begin_s=for_an_engine(turn.until) if turn.until != run.ends_at else None,
+            another_follows=turn.another_follows,
         )
         checked = self._question.constrained and "follow_up" in capabilities.features
         if checked and extract_task(target) is not None and request.n == 1:
             run.held_back = True
-            return await self._checked(run, leaf, request, step, until)
-        return await self._begun(run, leaf, request, step, until)
+            return await self._checked(run, leaf, request, step, turn.until)
+        return await self._begun(run, leaf, request, step, turn.until)
 
     async def hold(self, answer: Begun) -> Begun:
         if answer.whole is not None:
@@ -98,11 +99,18 @@ class GenerateWork:
         return self.measured()
 
     def confidence(self, measure: str, answer: Begun) -> float | None:
-        """Of several choices, that of the least sure."""
+        """Of several choices, that of the least sure; None where the task's answers are labels, in text or not."""
         assert answer.whole is not None
+        if _answers_with_labels(answer.target):
+            return None
         known = [confidence(measure, choice) for choice in answer.whole.answers]
         sure = [value for value in known if value is not None]
         return min(sure) if len(sure) == len(known) else None
+
+    def no_confidence(self, measure: str, answer: Begun) -> str:
+        if _answers_with_labels(answer.target):
+            return f"its threshold of {measure} is one of labels, and this is an answer in text: /classify tells labels"
+        return f"its backend does not tell {measure}"
 
     def vote(self, answers: Sequence[Begun], vote: Vote) -> Begun:
         given = [answer.whole for answer in answers if answer.whole is not None]
@@ -166,8 +174,13 @@ class GenerateWork:
         again = run.begin(f"{step.place}.repair", leaf.target)
         prompt = Messages((*request.prompt.messages, *turns))
         try:
-            left = left_s(run.ends_at)
-            repair = dataclasses.replace(request, id=f"{request.id}/repair", prompt=prompt, deadline_s=left)
+            repair = dataclasses.replace(
+                request,
+                id=f"{request.id}/repair",
+                prompt=prompt,
+                deadline_s=for_an_engine(run.ends_at),
+                begin_s=for_an_engine(until) if until != run.ends_at else None,
+            )
             second = await within(until, self.hold(await self._begun(run, leaf, repair, again, until)))
         except Failure as error:
             again.fail(error)
@@ -183,6 +196,10 @@ class GenerateWork:
         asked = self._question.request
         replay = _replay(events, with_logprobs=asked.logprobs is not None)
         return Begun(target, step, replay, assemble(events, asked.n))
+
+
+def _answers_with_labels(target: Target) -> bool:
+    return target.task is not None and target.task.task.kind == "classify"
 
 
 async def _replay(events: Sequence[GenerationEvent], *, with_logprobs: bool) -> AsyncGenerator[GenerationEvent]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from prompt_store.errors import StoreError
 from prompt_store.routing.routes import Route
+from service.engines.deadlines import left_s
 from service.engines.errors import DeadlineExceeded, EngineError
 from service.routing.errors import RoutingError
 from service.routing.plan import Plan, Target
@@ -21,6 +22,9 @@ T = TypeVar("T")
 
 # One step at most has `answered` once a request has ended; `passed_over` are answers that others were given instead of.
 Outcome = Literal["running", "answered", "passed_over", "failed", "cancelled"]
+
+_MOMENT_S = 0.02
+_MOMENT_SHARE = 0.05
 
 # What a route can do something about by asking another leaf.
 Failure = (EngineError, StoreError, RoutingError)
@@ -149,6 +153,26 @@ class Run:
         if self.held_back:
             shown["held_back"] = True
         return shown
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a leaf is given: until when it must begin to answer, and whether another is asked where it fails.
+
+    `until` is by `time.monotonic`, None where it may take as long as it takes.
+    """
+
+    until: float | None
+    another_follows: bool = False
+
+
+def for_an_engine(until: float | None) -> float | None:
+    """The seconds until then, less a moment: an engine that is late says so itself, before its caller hangs up on it.
+
+    Only then does it hold that against its provider. Raises DeadlineExceeded where no time is left.
+    """
+    seconds = left_s(until)
+    return None if seconds is None else seconds - min(_MOMENT_S, seconds * _MOMENT_SHARE)
 
 
 async def within(until: float | None, work: Awaitable[T], late: str = "the answer was not there whole") -> T:

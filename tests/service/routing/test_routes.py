@@ -170,6 +170,18 @@ async def test_a_cascade_of_labels_goes_by_their_margin(store: Store, threshold:
     assert response.headers["x-softcue-backend"] == backend
 
 
+@pytest.mark.parametrize("measure", ["margin", "mean_logprob"])
+async def test_a_threshold_of_labels_is_not_held_against_an_answer_in_text(store: Store, measure: str) -> None:
+    cascade(store, "intents", measure, -1000.0)
+    async with serving(store, ScriptedEngine()) as client:
+        assert (await ask(client, "intents")).headers["x-softcue-backend"] == "local"
+        chat = {"model": "intents", "messages": [{"role": "user", "content": "hi"}]}
+        response = await client.post("/v1/chat/completions", json=chat)
+    assert response.headers["x-softcue-backend"] == "acme"
+    first = response.json()["softcue"]["route"][0]
+    assert (first["outcome"], "/classify tells labels" in first["reason"]) == ("passed_over", True)
+
+
 async def test_a_split_gives_a_unit_the_same_arm_each_time(store: Store) -> None:
     arms = [
         {"name": "tuned", "weight": 0.5, "route": LOCAL},
