@@ -7,6 +7,7 @@ Other providers leave it out, and nothing is learnt from them.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from service.engines.errors import EngineError, ProviderRefused
 log = logging.getLogger(__name__)
 
 EVERY_S = 24 * 3600.0
+LOOK_EVERY_S = 60.0
 
 Ask = Callable[[str], Awaitable[Mapping[str, Any]]]
 """The JSON object at a path under a provider's base address. Raises EngineError."""
@@ -33,7 +35,7 @@ class ShutdownDates:
 
     `ask` has a way to each backend that can be asked. `note` writes a date down and may block and raise StoreError.
     `announced` is what is known of a model without asking; it is written down where it is the earlier date.
-    Whatever fails is logged and tried again the next day; no request depends on it.
+    Whatever fails is logged and tried again with the next day's poll; no request depends on it.
     """
 
     def __init__(
@@ -47,28 +49,38 @@ class ShutdownDates:
         self._backends = backends
         self._note = note
         self._announced = announced
+        self._asked: set[str] = set()  # by the digests of versions
 
     async def follow(
         self, snapshot: Callable[[], StoreSnapshot], sleep: Callable[[float], Awaitable[object]] = asyncio.sleep
     ) -> None:
-        """Poll now and once a day, until cancelled."""
-        while True:
+        """Poll now and once a day, and every minute for what was published since, until cancelled."""
+        for look in itertools.count():
+            if look % round(EVERY_S / LOOK_EVERY_S) == 0:
+                self._asked.clear()
             try:
                 await self.poll(snapshot())
             except Exception:  # requests are answered all the same
                 log.exception("what providers say of when their models go away could not be looked at")
-            await sleep(EVERY_S)
+            await sleep(LOOK_EVERY_S)
 
     async def poll(self, snapshot: StoreSnapshot) -> None:
-        """Ask once for every model, one after the other at each backend, and note the dates that changed."""
-        await asyncio.gather(*(self._poll_backend(name, models) for name, models in self._models(snapshot).items()))
+        """Ask for the models of versions that were not asked for today, and note the dates that changed.
 
-    def _models(self, snapshot: StoreSnapshot) -> dict[str, dict[str, list[PromptVersion]]]:
-        """The store's remote versions by backend and model; those that no backend serves under an empty name."""
+        Once for every model, one after the other at each backend.
+        """
+        new = self._new(snapshot)
+        self._asked.update(each.digest for models in new.values() for versions in models.values() for each in versions)
+        await asyncio.gather(*(self._poll_backend(name, models) for name, models in new.items()))
+
+    def _new(self, snapshot: StoreSnapshot) -> dict[str, dict[str, list[PromptVersion]]]:
+        """Remote versions not asked for yet, by backend and model; those that no backend serves under an empty name."""
         found: defaultdict[str, defaultdict[str, list[PromptVersion]]] = defaultdict(lambda: defaultdict(list))
         for task in snapshot.tasks.values():
             for version in task.versions.values():
-                if isinstance(version, PromptVersion) and isinstance(version.payload, RemoteModelPayload):
+                if version.digest in self._asked or not isinstance(version, PromptVersion):
+                    continue
+                if isinstance(version.payload, RemoteModelPayload):
                     backend = choose_backend(self._backends, version.payload)
                     found[backend.name if backend is not None else ""][version.payload.model].append(version)
         return {name: dict(models) for name, models in found.items()}

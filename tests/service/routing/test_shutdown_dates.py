@@ -12,7 +12,7 @@ from prompt_store.errors import StoreUnavailable
 from prompt_store.prompts.version import PromptVersion
 from prompt_store.routing.routes import DirectRoute
 from service.engines.errors import ProviderRefused, ProviderUnavailable
-from service.routing.shutdown_dates import EVERY_S, Ask, ShutdownDates, shutdown_date
+from service.routing.shutdown_dates import EVERY_S, LOOK_EVERY_S, Ask, ShutdownDates, shutdown_date
 from tests.service.routing.remote_versions import BACKENDS, TUNED, snapshot, task, version
 
 SOON = date(2026, 12, 1)
@@ -132,19 +132,55 @@ async def test_a_store_that_is_away_is_told_the_next_day(caplog: pytest.LogCaptu
     notes.away = True
     asking = dates(notes, openai=Provider(m=announced("2026-12-01")))
     state = snapshot(task(DirectRoute(), version(1, "m")))
-    days: list[float] = []
+    slept_s = 0.0
 
     async def sleep(seconds: float) -> None:
-        days.append(seconds)
+        nonlocal slept_s
+        assert bool(notes.written) is (slept_s >= EVERY_S)
+        slept_s += seconds
         notes.away = False
-        if len(days) == 2:
+        if slept_s > EVERY_S:
             raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
         await asking.follow(lambda: state, sleep)
-    assert days == [EVERY_S, EVERY_S]
     assert notes.written == [("support@v1", SOON)]
     assert "which is not noted: the store is away" in caplog.text
+
+
+async def test_a_version_that_is_published_is_asked_for_within_a_minute_and_what_is_known_once_a_day() -> None:
+    notes, openai = Notes(), Provider(m=announced(None), n=announced("2026-12-01"))
+    state = snapshot(task(DirectRoute(), version(1, "m")))
+    asked: list[list[str]] = []
+    slept_s = 0.0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal slept_s, state
+        asked.append(openai.asked.copy())
+        openai.asked.clear()
+        slept_s += seconds
+        if slept_s == 3 * LOOK_EVERY_S:
+            state = snapshot(task(DirectRoute(), version(1, "m"), version(2, "n"), version(3, None)))
+        if slept_s > EVERY_S:
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await dates(notes, openai=openai).follow(lambda: state, sleep)
+    assert LOOK_EVERY_S == 60.0
+    assert {place: paths for place, paths in enumerate(asked) if paths} == {
+        0: ["/models/m"],
+        3: ["/models/n"],
+        EVERY_S / LOOK_EVERY_S: ["/models/m", "/models/n"],
+    }
+    assert notes.written[0] == ("support@v2", SOON)
+
+
+async def test_another_version_of_a_known_model_gets_its_date_too() -> None:
+    notes = Notes()
+    asking = dates(notes, openai=Provider(m=announced("2026-12-01")))
+    await asking.poll(snapshot(task(DirectRoute(), version(1, "m"))))
+    await asking.poll(snapshot(task(DirectRoute(), version(1, "m", SOON), version(2, "m"))))
+    assert notes.written == [("support@v1", SOON), ("support@v2", SOON)]
 
 
 @pytest.mark.parametrize("said", ["soon", "2026-13-01", "", 1796083200, ["2026-12-01"]])
@@ -154,15 +190,15 @@ def test_what_is_no_date_is_refused(said: object) -> None:
 
 
 async def test_a_fault_that_nobody_expected_ends_no_watch(caplog: pytest.LogCaptureFixture) -> None:
-    notes, days = Notes(), 0
+    notes, slept_s = Notes(), 0.0
     answers = Provider(m=RuntimeError("a bug"))
     state = snapshot(task(DirectRoute(), version(1, "m")))
 
-    async def sleep(_: float) -> None:
-        nonlocal days
-        days += 1
+    async def sleep(seconds: float) -> None:
+        nonlocal slept_s
+        slept_s += seconds
         answers.answers = {"m": announced("2026-12-01")}
-        if days == 2:
+        if slept_s > EVERY_S:
             raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
