@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,17 @@ class Store:
         return self.registry.publish(new, alias, "a test", ANONYMOUS).version
 
     def settings(
-        self, *, fall_back: bool = False, backends: Mapping[str, Any] | None = None, **server: Any
+        self,
+        *,
+        fall_back: bool = False,
+        backends: Mapping[str, Any] | None = None,
+        retirements: Mapping[str, date] | None = None,
+        **server: Any,
     ) -> Settings:
-        """`backends` as in `[backends.NAME]`, the rest as in `[server]`."""
+        """`backends` as in `[backends.NAME]`, `retirements` as in `[retirements]`, the rest as in `[server]`."""
         overrides: dict[str, dict[str, Any]] = {
             "backends": dict(backends or {}),
+            "retirements": dict(retirements or {}),
             "store": {"url": self.location, "poll_s": 0.01, "fall_back_when_damaged": fall_back},
             "base": {"path": BASE_FOLDER, "name": "demo-base"},
             "server": {"drain_s": 1, **server},
