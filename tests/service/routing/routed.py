@@ -42,9 +42,9 @@ class PriceOf:
         self.cached_input = None if cached_input is None else cached_input * 1_000_000
 
 
-def publish_remote(store: Store, task: str, model: str | None = None) -> PromptVersion:
+def publish_remote(store: Store, task: str, model: str | None = None, provider: str = "acme") -> PromptVersion:
     """Under no alias."""
-    payload = RemoteModelPayload(provider="acme", model=model or f"ft:small:{task}")
+    payload = RemoteModelPayload(provider=provider, model=model or f"ft:small:{task}")
     new = NewVersion(task=task, payload_content=payload)
     return store.registry.publish(new, None, "a test", ANONYMOUS).version
 

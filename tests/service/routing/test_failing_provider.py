@@ -16,8 +16,6 @@ from typing import Any
 import httpx
 
 from prompt_store.access import ANONYMOUS
-from prompt_store.prompts.registry import NewVersion
-from prompt_store.prompts.version import RemoteModelPayload
 from prompt_store.routing.routes import parse_task_route
 from service.engines.base import GenerationRequest, Messages
 from service.engines.base_model import BaseModel
@@ -28,6 +26,7 @@ from tests.providers import (
     HANG_UP,
     RESET,
     STREAM_END,
+    UNTIL_LEFT,
     Answer,
     Asked,
     ScriptedProvider,
@@ -38,12 +37,18 @@ from tests.providers import (
     text_answer,
     whole,
 )
+from tests.service.routing.routed import LOCAL, V2, apply, publish_remote
 from tests.service.serving import filled, listening
 
 REQUESTS = int(os.environ.get("SOFTCUE_REQUESTS", "600"))
 AT_ONCE = 32
 FAILING = 0.3
-KINDS = ("500", "429", "hang up", "reset", "no json", "html", "cut off", "half closed", "refused")
+KINDS = (
+    "500", "429", "429 without a wait", "hang up", "reset", "silent", "falls silent", "no json", "html", "cut off",
+    "half closed", "refused",
+)  # fmt: skip
+V3 = {"kind": "direct", "version": "v3"}
+ENDS = {"cut off": HANG_UP, "half closed": HALF_CLOSE, "falls silent": UNTIL_LEFT}
 
 
 async def test_every_request_ends_in_exactly_one_way(tmp_path: Path, base: BaseModel) -> None:
@@ -58,18 +63,20 @@ async def test_every_request_ends_in_exactly_one_way(tmp_path: Path, base: BaseM
         return answer(asked, kind)
 
     store = filled(tmp_path / "softcue.db", base)
-    remote = RemoteModelPayload(provider="acme", model="ft:small:copy")
-    store.registry.publish(NewVersion(task="copy", payload_content=remote), None, "a test", ANONYMOUS)
-    async with ScriptedProvider(play) as provider:
+    publish_remote(store, "copy")
+    publish_remote(store, "copy", provider="impostor")
+    async with ScriptedProvider(play) as provider, ScriptedProvider(play, tls=True) as impostor:
         settings = {
             "kind": "openai_compatible",
             "url": provider.url,
+            "first_byte_s": 0.3,
+            "between_bytes_s": 0.3,
             "retries": {"attempts": 2, "first_backoff_s": 0.001, "max_retry_after_s": 0.001},
             "breaker": {"consecutive": 1000, "failure_share": 1.0},
         }
-        with listening(store, ScriptedEngine(near), remote={"acme": settings}) as url:
-            routes = [{"kind": "direct", "version": "v2"}, {"kind": "direct", "backend": "local"}]
-            route = parse_task_route({"route": {"kind": "fallback", "routes": routes}, "deadline_s": 20})
+        remote = {"acme": settings, "impostor": {**settings, "url": impostor.url}}
+        with listening(store, ScriptedEngine(near), remote=remote) as url:
+            route = parse_task_route({"route": {"kind": "fallback", "routes": [V2, V3, LOCAL]}, "deadline_s": 20})
             store.registry.apply_route("copy", route, ANONYMOUS)
             async with httpx.AsyncClient(base_url=url, timeout=30) as client:
                 await until_routed(client)
@@ -82,13 +89,32 @@ async def test_every_request_ends_in_exactly_one_way(tmp_path: Path, base: BaseM
 
                 ends = Counter(await asyncio.gather(*map(one, range(REQUESTS))))
                 counted = await ended(client) - before
+                metrics = (await client.get("/metrics")).text
     store.registry.database.close()
+    assert 'softcue_route_steps_total{backend="impostor",outcome="failed",task="copy",version="v3"}' in metrics
+    assert impostor.requests == []  # its certificate is not trusted
     assert ends.total() == REQUESTS
     assert set(ends) <= {"far", "near", "broke off"}
     assert min(ends["far"], ends["near"], ends["broke off"]) > 0
     assert counted == Counter({"stop": ends["far"] + ends["near"], "error": ends["broke off"]})
     assert played.total() == sum(asked.method == "POST" for asked in provider.requests)
     assert set(played) == {"answer", *KINDS}
+
+
+async def test_a_provider_that_hangs_is_left_in_time_for_the_next(tmp_path: Path, base: BaseModel) -> None:
+    store = filled(tmp_path / "softcue.db", base)
+    publish_remote(store, "copy")
+    async with ScriptedProvider([[UNTIL_LEFT]]) as provider:
+        remote = {"acme": {"kind": "openai_compatible", "url": provider.url}}
+        apply(store, "copy", {"kind": "fallback", "routes": [V2, LOCAL]}, deadline_s=0.6)
+        with listening(store, ScriptedEngine(near), remote=remote) as url:
+            async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+                assert [await ask(client, 7, stream=stream) for stream in (False, True)] == ["near", "near"]
+        async with asyncio.timeout(10):
+            for asked in provider.requests:
+                await asked.left.wait()
+    store.registry.database.close()
+    assert [asked.method for asked in provider.requests].count("POST") == 2
 
 
 async def until_routed(client: httpx.AsyncClient) -> None:
@@ -111,7 +137,9 @@ async def ask(client: httpx.AsyncClient, number: int, *, stream: bool) -> str:
             choice["delta"].get("content") or "" for document in documents for choice in document.get("choices", ())
         )
         if last != "[DONE]":
-            assert json.loads(last)["error"]["code"] in ("provider_misbehaved", "provider_unavailable")
+            error = json.loads(last)["error"]
+            assert error["code"] in ("provider_misbehaved", "provider_unavailable")
+            assert f"request id is req-{number})" in error["message"]
             assert f"far {number} an answer".startswith(text)
             return "broke off"
     backend = response.headers["x-softcue-backend"]
@@ -143,6 +171,10 @@ def answer(asked: Asked, kind: str) -> Answer:
             return error_answer(500)
         case "429":
             return error_answer(429, headers={"retry-after": "7"})
+        case "429 without a wait":
+            return error_answer(429)
+        case "silent":
+            return [UNTIL_LEFT]
         case "hang up":
             return [HANG_UP]
         case "reset":
@@ -154,14 +186,14 @@ def answer(asked: Asked, kind: str) -> Answer:
         case "refused":
             return error_answer(400, "no", kind="invalid_request_error")
     if body.get("stream"):
-        pieces = [stream_head(), *(event(chunk(text)) for text in texts)]
+        pieces = [stream_head({"x-request-id": f"req-{number}"}), *(event(chunk(text)) for text in texts)]
         if kind == "answer":
             last: dict[str, Any] = {
                 "choices": [],
                 "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4},
             }
             return [*pieces, event(chunk(None, "stop")), event(last), DONE, STREAM_END]
-        return [*pieces[:3], HANG_UP if kind == "cut off" else HALF_CLOSE]
+        return [*pieces[:3], ENDS[kind]]
     message = {"role": "assistant", "content": "".join(texts), "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
     usage = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
@@ -169,7 +201,7 @@ def answer(asked: Asked, kind: str) -> Answer:
     if kind == "answer":
         return json_answer(document)
     encoded = whole(json.dumps(document).encode())
-    return [encoded[: len(encoded) // 2], HANG_UP if kind == "cut off" else HALF_CLOSE]
+    return [encoded[: len(encoded) // 2], ENDS[kind]]
 
 
 def chunk(text: str | None, reason: str | None = None) -> dict[str, Any]:
