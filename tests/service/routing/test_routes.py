@@ -78,7 +78,9 @@ async def test_a_fallback_never_switches_after_the_first_delta(store: Store) -> 
         response = await ask(client, stream=True)
     events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     assert json.loads(events[0])["delta"] == "half an"
-    assert json.loads(events[1])["error"]["code"] == "provider_unavailable"
+    error = json.loads(events[1])["error"]
+    assert error["code"] == "provider_unavailable"
+    assert "req-7" in error["message"]
     assert provider.requests == []
 
 
@@ -293,7 +295,8 @@ async def test_a_fine_tuned_id_is_answered_by_the_backend_that_has_its_pattern(s
 
 async def test_the_path_of_a_streamed_answer_is_in_its_last_chunk_and_by_its_id(store: Store) -> None:
     apply(store, "copy", FALLBACK)
-    async with serving(store, ScriptedEngine(fails(LOST))) as client:
+    prices: dict[str, Price] = {"default": PriceOf(0.5, 2.0)}
+    async with serving(store, ScriptedEngine(fails(LOST)), prices=prices) as client:
         body = {"model": "copy", "messages": [{"role": "user", "content": "hi"}], "stream": True}
         response = await client.post("/v1/chat/completions", json=body)
         chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
@@ -302,6 +305,7 @@ async def test_the_path_of_a_streamed_answer_is_in_its_last_chunk_and_by_its_id(
         known = (await client.get(f"/v1/generations/{chunks[-1]['id']}")).json()
         other = (await client.get("/v1/generations/chatcmpl-forged.abc")).json()
     assert known["route"] == chunks[-1]["softcue"]["route"]
+    assert known["cost"] == chunks[-1]["softcue"]["cost"] == sum(step["cost"] for step in known["route"]) == 2.5
     assert (known["task"], known["version"], known["backend"], known["outcome"]) == ("copy", "v2", "acme", "stop")
     assert other["error"]["code"] == "generation_not_found"
 
