@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from contextlib import aclosing
 from dataclasses import replace
@@ -51,7 +52,17 @@ from service.engines.remote.options import TransportOptions
 from service.engines.remote.vllm import VllmEngine
 from service.engines.remote.vllm_options import VllmOptions
 from tests.conftest import random_prompt
-from tests.providers import UNTIL_LEFT, Answer, Asked, ScriptedProvider, error_answer, event, json_answer, stream_head
+from tests.providers import (
+    UNTIL_LEFT,
+    Answer,
+    Asked,
+    ScriptedProvider,
+    error_answer,
+    event,
+    json_answer,
+    stream_head,
+    whole,
+)
 from tests.service.engines.local.oracle import Oracle
 from tests.service.engines.remote.vllm_answers import (
     answered,
@@ -499,6 +510,34 @@ async def test_a_server_that_dies_within_a_stream_ends_it_in_an_error_and_others
             assert answers.answers[0].text == "ab"
         assert (engine.stats().running, engine.stats().replicas_healthy) == (0, 1)
         await engine.close()
+
+
+async def test_a_backends_servers_are_asked_for_their_health_and_one_that_is_not_well_gets_nothing(
+    base: BaseModel,
+) -> None:
+    def play(asked: Asked, status: int) -> Answer:
+        return PLAIN if asked.method == "POST" else [whole(b"", status)]
+
+    well, ill = (ScriptedProvider(functools.partial(play, status=status)) for status in (200, 503))
+    async with well, ill:
+        table = {"kind": "vllm", "urls": [well.url, ill.url]}
+        settings = TypeAdapter(BackendSettings).validate_python(table)
+        (engine,) = build_backends({"cluster": settings}, {}, base=base).values()
+        await engine.start()
+        await engine.provider.check_health()
+        assert [state.healthy for state in engine.provider.replicas()] == [True, False]
+        for seed in range(8):
+            await collect(engine.generate(request(soft_prompt=reference(base, seed))))
+        await engine.close()
+        assert [(asked.method, asked.path) for asked in ill.requests] == [("GET", "/health")]
+        assert [asked.method for asked in well.requests] == ["GET"] + ["POST"] * 8
+
+        watched = build_vllm(base, TransportOptions((well.url, ill.url), health_every_s=0.01), VllmOptions())
+        await watched.start()
+        async with asyncio.timeout(20):
+            await asyncio.gather(well.asked(10), ill.asked(2))
+        await watched.close()
+    assert {(asked.method, asked.path) for asked in (well.requests[9], *ill.requests)} == {("GET", "/health")}
 
 
 def test_a_vllm_backend_is_built_from_its_table(base: BaseModel) -> None:
