@@ -19,7 +19,7 @@ from service.engines.base_model import BaseModel
 from service.engines.scripted import ScriptedEngine
 from tests.providers import Answer, Asked, ScriptedProvider, event_stream, json_answer
 from tests.service.engines.remote.answers import USAGE, chat, choice, chunk, completion, piece, token
-from tests.service.serving import COPY, INTENTS, filled, listening
+from tests.service.serving import COPY, INTENTS, QUERY, filled, listening
 
 T = TypeVar("T")
 MESSAGES: Any = [{"role": "user", "content": "say hello"}]
@@ -69,7 +69,7 @@ async def provider() -> AsyncIterator[ScriptedProvider]:
 async def ours(provider: ScriptedProvider, tmp_path: Path, base: BaseModel) -> AsyncIterator[str]:
     """A Softcue whose tasks are answered by a fine-tuned model at the provider."""
     store = filled(tmp_path / "store.db", base)
-    for task in (INTENTS, COPY):
+    for task in (INTENTS, COPY, QUERY):
         tuned = RemoteModelPayload(provider="remote", model=f"ft:{task['name']}")
         new = NewVersion(task=task["name"], payload_content=tuned, base_fingerprint=None)
         store.registry.publish(new, "production", "a test", ANONYMOUS)
@@ -186,3 +186,25 @@ async def test_a_task_is_generated_and_classified_by_the_provider(ours: str, pro
         "greeting": pytest.approx(0.1),
     }
     assert posted(provider)[0]["messages"] == [{"role": "user", "content": "red car"}]
+
+
+async def test_an_extract_task_sends_its_schema_and_has_an_invalid_answer_repaired_once(
+    ours: str, provider: ScriptedProvider
+) -> None:
+    said = iter(['{"table": 3}', '{"table": "sales"}', "no JSON", "none again"])
+    provider.script = lambda asked: script(asked) if asked.method == "GET" else json_answer(chat(choice(next(said))))
+    async with httpx.AsyncClient(base_url=ours) as client:
+        inputs = {"inputs": {"question": "what was sold"}}
+        repaired = (await client.post("/tasks/query/generate", json=inputs)).json()
+        first, second = posted(provider)
+        given_up = (await client.post("/tasks/query/generate", json=inputs)).json()
+    assert (repaired["parsed"], repaired["invalid"]) == ({"table": "sales"}, None)
+    assert first["response_format"]["json_schema"]["schema"] == QUERY["json_schema"]
+    assert second["response_format"] == first["response_format"]
+    assert first["messages"] == [{"role": "user", "content": "what was sold"}]
+    assert second["messages"][0] == first["messages"][0]
+    assert second["messages"][1] == {"role": "assistant", "content": '{"table": 3}'}
+    assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
+    assert "3 is not of type 'string'" in second["messages"][2]["content"]
+    assert (given_up["parsed"], len(posted(provider))) == (None, 4)
+    assert "not JSON" in given_up["invalid"]
