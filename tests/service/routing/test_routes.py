@@ -141,7 +141,7 @@ async def test_a_cascade_streams_nothing_of_an_answer_that_is_not_accepted(store
     assert response.headers["x-softcue-version"] == "copy@v2"
 
 
-async def test_a_cascade_answers_with_what_it_has_where_the_secondfails(store: Store) -> None:
+async def test_a_cascade_answers_with_what_it_has_where_the_second_fails(store: Store) -> None:
     cascade(store, "copy", "mean_logprob", 0.0)
     async with serving(store, ScriptedEngine(says("cheap")), Provider(fails(LOST))) as client:
         body = (await ask(client)).json()
