@@ -45,7 +45,8 @@ async def ask_each(
     service that cannot be reached; then the others are given up.
     """
     room = asyncio.Semaphore(concurrency)
-    async with httpx.AsyncClient(base_url=url, timeout=_PATIENCE) as client:
+    address = url.rstrip("/").removesuffix("/v1")  # with which OpenAI's clients are given theirs
+    async with httpx.AsyncClient(base_url=address, timeout=_PATIENCE) as client:
 
         async def ask(example: Example) -> Judged:
             async with room:

@@ -87,7 +87,7 @@ def test_a_threshold_is_found_by_asking_every_row_and_kept_with_the_version(sett
         return by_number(path, body)
 
     with scripted_service(service) as url:
-        result = setting.calibrate(url, "--reason", "the first one", version="candidate", target="0.99")
+        result = setting.calibrate(f"{url}/v1", "--reason", "the first one", version="candidate", target="0.99")
     assert result.exit_code == 0, result.output
     assert {path for path, _ in asked} == {"/v1/tasks/colours/classify"}
     assert sorted(body["inputs"]["message"] for _, body in asked) == sorted(
