@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, field
 
 ADMIN_SCOPE = "admin"
+FORCE_ARM_SCOPE = "force_arm"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,14 @@ from prompt_store.canonical import canonical_json
 from prompt_store.database import Database
 from prompt_store.tables import audit, change_counter, changes
 
-ChangeKind = Literal["base", "task", "version", "alias", "route", "calibration", "backend"]
+ChangeKind = Literal["base", "task", "version", "alias", "route", "calibration", "backend", "experiment", "unit"]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """`subject` is what changed: a base's fingerprint, a revision's or version's digest, an alias, a route's number.
 
-    A calibration's is its version's digest, a backend's its name.
+    A calibration's is its version's digest, a backend's or an experiment's its name.
     """
 
     sequence: int

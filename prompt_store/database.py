@@ -40,6 +40,14 @@ class Watch(Protocol):
     def close(self) -> None: ...
 
 
+class Lead(Protocol):
+    """A role that one of all who share the store has at a time. Any thread may use it."""
+
+    def held(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
 class Database:
     """Open with `Database.open`; use `read()` and `write()` for transactions; `close()` at the end.
 
@@ -117,6 +125,10 @@ class Database:
     def watch(self, poll_s: float) -> Watch:
         """Notices commits of others; a kind of database that has to be asked is asked every `poll_s` seconds."""
         return self.storage.watch(poll_s)
+
+    def lead(self, name: str) -> Lead:
+        """The role of that name, taken when it is first asked for; see `leadership`, which says what failed."""
+        return self.storage.lead(name)
 
     def signing_key(self) -> bytes:
         """32 random bytes, made once per store, with which every replica signs and checks generation ids."""

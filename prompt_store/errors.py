@@ -5,13 +5,16 @@ StoreError                  every message gives the fact and the remedy
 │   ├── UnknownTask
 │   ├── UnknownVersion
 │   ├── UnknownAlias
-│   └── UnknownBase
+│   ├── UnknownBase
+│   └── UnknownExperiment
 ├── InvalidName             a task, alias, selector, model name, key or cursor outside the grammar
 ├── InvalidTask             a task document that contradicts itself
 ├── InvalidInputs           fields missing from, or unknown to, a task's template
 ├── InvalidArtifact         unacceptable content: bytes, shape, dtype, NaN, report
 │   └── DamagedArtifact     stored bytes that are missing, or no longer what was published
 ├── BaseMismatch            a soft prompt that does not fit the base it names
+├── InvalidExperiment       an experiment that contradicts itself, its task or its route; .problems as of InvalidRoute
+├── InvalidOutcome          a metric that the task does not have, or a value that is not of its type
 ├── InvalidRoute            a route that contradicts itself or what the store holds; .problems, each with its place
 ├── Conflict                what the store holds now does not allow it, as a lost compare-and-set; .current is that
 │   ├── InUse               a version that something needs; .users says what
@@ -74,6 +77,11 @@ class UnknownBase(NotFound):
     remedy = "make it known to this store with `softcue register-base FOLDER`"
 
 
+class UnknownExperiment(NotFound):
+    what = "experiment"
+    remedy = "list them with `softcue experiments list`, or start one with `softcue experiments start FILE`"
+
+
 class InvalidName(StoreError):
     pass
 
@@ -109,7 +117,7 @@ Place = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class RouteProblem:
-    """One thing that is wrong with a route, at its place in the document."""
+    """One thing that is wrong with a route or an experiment, at its place in the document."""
 
     place: Place
     message: str
@@ -119,7 +127,7 @@ class RouteProblem:
 
 
 def dotted(place: Place) -> str:
-    """A place in a route as answers and messages show it: route.routes[0].version."""
+    """A place in a document as answers and messages show it: route.routes[0].version."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).removeprefix(".")
 
 
@@ -134,6 +142,23 @@ class InvalidRoute(StoreError):
     def of(cls, problems: Iterable[RouteProblem]) -> Self:
         listed = tuple(problems)
         return cls("; ".join(map(str, listed)), listed)
+
+
+class InvalidExperiment(StoreError):
+    """`problems` are all that is wrong with the experiment; the message has each of them."""
+
+    def __init__(self, message: str, problems: tuple[RouteProblem, ...] = ()) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+    @classmethod
+    def of(cls, problems: Iterable[RouteProblem]) -> Self:
+        listed = tuple(problems)
+        return cls("; ".join(map(str, listed)), listed)
+
+
+class InvalidOutcome(StoreError):
+    pass
 
 
 class Conflict(StoreError):

@@ -4,6 +4,7 @@ As in SQLite there is one writer at a time: a writing transaction begins by lock
 sequence numbers are given in commit order, and what a transaction has read stays true until it commits.
 """
 
+import hashlib
 import threading
 import time
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from prompt_store.tables import change_counter
 CONNECT_TIMEOUT_S = 10
 LOCK_TIMEOUT_S = 30
 IDLE_TIMEOUT_S = 60
+LEADER_TIMEOUT_S = 180
 CHANNEL = "softcue_changes"
 DEFAULT_BACKUPS = Path(".softcue/backups")
+_JOURNALS = Path(".softcue/journals")
 
 # Notifications can be lost, as through a pooler that lends connections by transaction: then this is the poll.
 FALLBACK_POLL_S = 1.0
@@ -73,6 +76,7 @@ class PostgresqlStorage:
         self.place = url.difference_update_query(["password", "sslpassword"]).render_as_string(hide_password=True)
         self.location = url.render_as_string(hide_password=False)
         self.backups = DEFAULT_BACKUPS
+        self.journal = _JOURNALS / hashlib.sha256(self.place.encode()).hexdigest()[:16]
         self._arguments = {name: value for name, value in _DRIVER_DEFAULTS.items() if name not in url.query}
         try:
             self.engine = create_engine(
@@ -155,6 +159,9 @@ class PostgresqlStorage:
     def watch(self, poll_s: float) -> "PostgresqlWatch":
         return PostgresqlWatch(self)
 
+    def lead(self, name: str) -> "PostgresqlLead":
+        return PostgresqlLead(self, name)
+
     def explain(self, error: Exception) -> str | None:
         """Fact and remedy where the server or the way to it is at fault; None for a mistake of ours."""
         cause = error.orig if isinstance(error, DBAPIError) else error
@@ -225,6 +232,52 @@ class PostgresqlWatch:
         except BaseException:
             self._drop()
             raise
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+class PostgresqlLead:
+    """An advisory lock on a connection held for this alone: whoever loses the connection leads no more."""
+
+    def __init__(self, storage: PostgresqlStorage, name: str) -> None:
+        self._storage = storage
+        self._number = int.from_bytes(hashlib.sha256(f"softcue lead {name}".encode()).digest()[:8], signed=True)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._connection: Any = None
+
+    def held(self) -> bool:
+        """Whether this holds the lock now, which it takes where nobody has it."""
+        with self._lock:
+            if self._closed:
+                return False
+            try:
+                if self._connection is None or self._connection.closed:
+                    self._connect()
+                # Who has the lock is given it once more: that it is still ours is asked where it is kept.
+                query = "SELECT pg_try_advisory_lock(%s)"
+                held = bool(self._connection.execute(query, [self._number]).fetchone()[0])
+            except BaseException:
+                self._drop()
+                raise
+            if not held:
+                self._drop()
+            return held
+
+    def close(self) -> None:
+        """Gives the lock up."""
+        with self._lock:
+            self._closed = True
+            self._drop()
+
+    def _connect(self) -> None:
+        self._connection = self._storage.connect()
+        # The server itself ends the lead of a host that vanished, or a process that was stopped (since version 14).
+        setting = "SELECT set_config(name, %s, false) FROM pg_settings WHERE name = 'idle_session_timeout'"
+        self._connection.execute(setting, [f"{LEADER_TIMEOUT_S}s"])
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

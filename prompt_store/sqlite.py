@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, OperationalError
 
@@ -32,6 +32,7 @@ class SqliteStorage:
         self.path = path
         self.place = self.location = str(path)
         self.backups = path.parent
+        self.journal = Path(f"{path}.journal")
         self.engine = _create_engine(path)
 
     @classmethod
@@ -108,6 +109,9 @@ class SqliteStorage:
     def watch(self, poll_s: float) -> "SqliteWatch":
         return SqliteWatch(self.path, poll_s)
 
+    def lead(self, name: str) -> "SqliteLead":
+        return SqliteLead(self.path.with_name(f"{self.path.name}.{name}.lock"))
+
     def copy_to(self, target: Path) -> dict[str, int]:
         """A copy as of one moment, beside running writers; returns how many rows each table has."""
         with (
@@ -174,6 +178,38 @@ class SqliteWatch:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
+
+
+class SqliteLead:
+    """A lock on a file beside the database, which the operating system takes back when its process ends."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        # Whichever thread asks, it is the same process that leads.
+        self._file_lock = FileLock(file, blocking=False, thread_local=False)
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def held(self) -> bool:
+        """Whether this holds the lock now, which it takes where nobody has it. Raises StoreUnavailable."""
+        with self._lock:
+            if self._closed or self._file_lock.is_locked:
+                return not self._closed
+            try:
+                self._file_lock.acquire()
+            except Timeout:
+                return False
+            except OSError as error:
+                raise StoreUnavailable(
+                    f"{self._file} cannot be locked ({error.strerror}); check its and its folder's permissions"
+                ) from error
+            return True
+
+    def close(self) -> None:
+        """Gives the lock up."""
+        with self._lock:
+            self._closed = True
+            self._file_lock.release()
 
 
 def _row_counts(connection: sqlite3.Connection) -> dict[str, int]:

@@ -282,39 +282,140 @@ idempotency_keys = Table(
     Index(None, "created_at"),
 )
 
-# The ledger: shipped in batches from each replica's journal and deduplicated by id, so without foreign keys --
+# Experiments ---------------------------------------------------------------------------------------------------------
+
+# `versions` are the labels that each arm's leaves were pinned to; `route_before` is the revision of the task's route
+# that was in force when it started, 0 for none. `revision` counts changes, for compare-and-set.
+experiments = Table(
+    "experiments",
+    metadata,
+    _name("name", primary_key=True),
+    _name("task", ForeignKey("tasks.name")),
+    Column("document", Text, nullable=False),
+    Column("state", String(32), nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("versions", Text, nullable=False),
+    Column("route_before", Integer, nullable=False),
+    _moment("started_at"),
+    Column("started_by", Text, nullable=False),
+    _moment("ended_at", nullable=True),
+    Column("ended_by", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    _name("winner", nullable=True),
+    Index(None, "task"),
+)
+
+# How each split of a task's route divides all units; the newest number is in force, and exposures name earlier ones.
+allocations = Table(
+    "allocations",
+    metadata,
+    _name("task", ForeignKey("tasks.name"), primary_key=True),
+    _name("experiment", primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("weights", Text, nullable=False),
+    Column("parts", Text, nullable=False),
+    _moment("at"),
+    _principal(),
+)
+
+# The ledger: shipped in batches from each replica's journal and deduplicated, so without foreign keys. Times are Unix
+# milliseconds by the clocks of the replicas; `unit_hash` is indexed for whoever wants all that a unit left erased.
 
 exposures = Table(
     "exposures",
     metadata,
-    Column("id", String(64), primary_key=True),
-    Column("generation_id", Text, nullable=False),
-    _name("experiment"),
+    Column("request", String(64), primary_key=True),
     _name("task"),
+    _name("experiment"),
     _name("arm"),
-    _digest("version"),
+    Column("allocation", Integer, nullable=False),
+    Column("probability", Float, nullable=False),
     Column("unit_hash", String(64), nullable=False),
-    Column("assignment_probability", Float, nullable=False),
+    _digest("version"),
     Column("forced", Boolean, nullable=False),
-    _moment("at"),
+    Column("at_ms", BigInteger, nullable=False),
     _principal(),
-    CheckConstraint("assignment_probability > 0 AND assignment_probability <= 1", name="probability"),
-    Index(None, "experiment", "at"),
-    Index(None, "generation_id"),
+    CheckConstraint("probability > 0 AND probability <= 1", name="probability"),
+    Index(None, "experiment", "unit_hash", "allocation", "at_ms"),
+    Index(None, "unit_hash"),
+    Index(None, "at_ms"),
 )
 
+answers = Table(
+    "answers",
+    metadata,
+    Column("request", String(64), primary_key=True),
+    _name("task"),
+    _name("experiment"),
+    _name("arm"),
+    Column("unit_hash", String(64), nullable=False),
+    _digest("version"),
+    _name("backend"),
+    Column("outcome", String(32), nullable=False),
+    Column("latency_ms", Float, nullable=False),
+    Column("first_token_ms", Float, nullable=True),
+    Column("cost", Float, nullable=False),
+    Column("prompt_tokens", Integer, nullable=True),
+    Column("completion_tokens", Integer, nullable=True),
+    Column("refused", Boolean, nullable=True),
+    Column("valid_json", Boolean, nullable=True),
+    Column("at_ms", BigInteger, nullable=False),
+    _principal(),
+    Index(None, "experiment", "at_ms"),
+    Index(None, "unit_hash"),
+    Index(None, "at_ms"),
+)
+
+# `value` is the number, or 1 and 0 for true and false; `text` is there instead for what is neither.
 outcomes = Table(
     "outcomes",
     metadata,
-    Column("id", String(64), primary_key=True),
-    Column("generation_id", Text, nullable=False),
+    Column("request", String(64), primary_key=True),
+    Column("metric", String(64), primary_key=True),
     _name("task"),
-    Column("metric", String(64), nullable=False),
-    Column("value", Float, nullable=False),
-    _moment("at"),
+    _name("experiment"),
+    _name("arm"),
+    Column("unit_hash", String(64), nullable=False),
+    Column("version", String(16), nullable=False),
+    Column("generated_ms", BigInteger, nullable=False),
+    Column("value", Float, nullable=True),
+    Column("text", Text, nullable=True),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("source", String(16), nullable=False),
     _principal(),
-    Index(None, "task", "metric", "at"),
-    Index(None, "generation_id"),
+    Index(None, "experiment", "metric", "unit_hash"),
+    Index(None, "task", "metric", "generated_ms"),
+    Index(None, "unit_hash"),
+    Index(None, "at_ms"),
+)
+
+# Prompts and answers, of tasks that were opted in; `inputs` is JSON.
+captures = Table(
+    "captures",
+    metadata,
+    Column("request", String(64), primary_key=True),
+    _name("task"),
+    _digest("revision"),
+    _digest("version"),
+    Column("unit_hash", String(64), nullable=False),
+    Column("inputs", Text, nullable=True),
+    Column("prompt", Text, nullable=False),
+    Column("answer", Text, nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger, nullable=False),
+    _principal(),
+    Index(None, "task", "at_ms"),
+    Index(None, "unit_hash"),
+    Index(None, "expires_ms"),
+)
+
+# Units whose traces were erased: what a journal still has of them from before then is not taken in.
+erased_units = Table(
+    "erased_units",
+    metadata,
+    Column("unit_hash", String(64), primary_key=True),
+    Column("at_ms", BigInteger, nullable=False),
+    _principal(),
 )
 
 spending = Table(
@@ -344,8 +445,10 @@ shadow_answers = Table(
     Column("shadow_error", Text, nullable=True),
     Column("shadow_ms", Float, nullable=False),
     Column("agreement", Float, nullable=True),
+    Column("unit_hash", String(64), nullable=True),
     _moment("at"),
     Index(None, "task", "at"),
+    Index(None, "unit_hash"),
     Index(None, "at"),
 )
 

@@ -141,4 +141,4 @@ def test_the_door_of_the_command_line_imports_nothing_heavy() -> None:
 
 def test_settings_are_read_by_the_application_alone() -> None:
     readers = {module for module, file in MODULES.items() for name in imports(file) if own(name) == "service.settings"}
-    assert readers <= {"service.app", "service.commands"}
+    assert readers <= {"service.app", "service.commands.serving"}

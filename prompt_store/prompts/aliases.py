@@ -16,8 +16,9 @@ from prompt_store.errors import Conflict, UnknownAlias
 from prompt_store.names import check_alias, is_digest
 from prompt_store.prompts.lookup import find_digest
 from prompt_store.prompts.revisions import require_task
-from prompt_store.routing.revisions import read_route
-from prompt_store.routing.routes import DirectRoute, route_selectors
+from prompt_store.prompts.unreadable import readable
+from prompt_store.routing.revisions import read_route, read_routes_behind
+from prompt_store.routing.routes import DirectRoute, TaskRoute, route_selectors
 from prompt_store.tables import alias_moves, aliases, audit, versions
 
 
@@ -162,7 +163,7 @@ def remove_alias(
     """Takes the name away; its history stays, and a rollback brings it back. `expected` is as for `move_alias`.
 
     Raises UnknownAlias when it is not there, Conflict when `expected` does not hold or a route other than the default
-    names it.
+    names it, be it that which a running experiment goes back to.
     """
     check_alias(alias)
     require_task(connection, task)
@@ -170,13 +171,24 @@ def remove_alias(
     if previous is None:
         raise UnknownAlias(alias, [known.name for known in read_aliases(connection, task)], where=f" of task {task!r}")
     applied = read_route(connection, task)
-    if applied is not None and applied.route.route != DirectRoute() and alias in route_selectors(applied.route.route):
+    if applied is not None and _names(applied.route, alias):
         raise Conflict(
             f"alias {alias!r} of task {task!r} is named by the task's route; apply a route without it first, or move "
             "the alias instead",
             current=previous,
         )
+    for _, experiment, behind in read_routes_behind(connection, [task]):
+        if _names(readable(behind), alias):
+            raise Conflict(
+                f"alias {alias!r} of task {task!r} is named by the route that experiment {experiment!r} goes back to; "
+                f"end it first with `softcue experiments stop {experiment}`, or move the alias instead",
+                current=previous,
+            )
     _write_move(connection, task, alias, previous, None, "alias.remove", None, reason, principal, at)
+
+
+def _names(route: TaskRoute, alias: str) -> bool:
+    return route.route != DirectRoute() and alias in route_selectors(route.route)
 
 
 def read_rollback_targets(connection: Connection, task: str | None = None) -> dict[tuple[str, str], str]:

@@ -12,13 +12,13 @@ from sqlalchemy import Connection, delete, select
 
 from prompt_store.access import Principal
 from prompt_store.changes import record
-from prompt_store.errors import InUse, SchemaMismatch
+from prompt_store.errors import InUse
 from prompt_store.names import AliasSelector, DigestSelector, NumberSelector, parse_selector
 from prompt_store.prompts.aliases import VERSION_DELETED
 from prompt_store.prompts.lookup import find_version, to_version
-from prompt_store.prompts.unreadable import Unreadable
+from prompt_store.prompts.unreadable import readable
 from prompt_store.prompts.version import EnsemblePayload, PromptVersion
-from prompt_store.routing.revisions import read_routes
+from prompt_store.routing.revisions import read_routes, read_routes_behind
 from prompt_store.routing.routes import Route, route_selectors
 from prompt_store.tables import aliases, tensors, version_tensors, versions
 
@@ -35,6 +35,8 @@ class Use:
 
 def read_uses(connection: Connection, task: str | None = None) -> Mapping[str, list[Use]]:
     """Who needs each version of a task, or of all tasks, by its digest: aliases, routes in force and ensembles.
+
+    And running experiments, which go back to a route when they are stopped; their arms are in the route in force.
 
     Raises SchemaMismatch for a route or version of another release, as what it needs cannot be told.
     """
@@ -57,10 +59,11 @@ def read_uses(connection: Connection, task: str | None = None) -> Mapping[str, l
     for row in connection.execute(numbered):
         numbers[row.task][row.number] = row.digest
     for owner, route in applied.items():
-        if isinstance(route, Unreadable):
-            raise SchemaMismatch(route.reason)
-        for selector, digest in _named_by(route.route, numbers[owner], targets[owner]):
+        for selector, digest in _named_by(readable(route).route, numbers[owner], targets[owner]):
             uses[digest].append(Use(f"the route in force (by {selector!r})"))
+    for owner, experiment, behind in read_routes_behind(connection, None if task is None else [task]):
+        for selector, digest in _named_by(readable(behind).route, numbers[owner], targets[owner]):
+            uses[digest].append(Use(f"the route that experiment {experiment!r} goes back to (by {selector!r})"))
     for stored in connection.execute(compound):
         ensemble = to_version(stored)
         if isinstance(ensemble.payload, EnsemblePayload):

@@ -1,4 +1,5 @@
-"""The registry: one object over the store's tasks, bases, versions and aliases, and by its own base over routes.
+"""The registry: one object over the store's tasks, bases, versions and aliases; by its bases also over experiments and
+routes.
 
 Each method is one transaction; what happens inside is in the module of its noun. Every method may raise
 StoreUnavailable, and those that take a task UnknownTask.
@@ -16,6 +17,7 @@ from prompt_store import idempotency
 from prompt_store.access import Principal
 from prompt_store.changes import Change, ChangeWatcher, read_changes
 from prompt_store.errors import UnknownAlias
+from prompt_store.ledger.registry import LedgerRegistry
 from prompt_store.names import check_text
 from prompt_store.prompts import aliases, bases, deleting, listing, lookup, publishing, revisions
 from prompt_store.prompts.aliases import UNSET, Alias, AliasMove, Unset
@@ -31,7 +33,6 @@ from prompt_store.prompts.task import Task
 from prompt_store.prompts.tensor_file import Tensor
 from prompt_store.prompts.unreadable import UnreadableVersion
 from prompt_store.prompts.version import BaseDescription, PromptVersion
-from prompt_store.routing.registry import RoutingRegistry
 from prompt_store.upkeep import collecting
 from prompt_store.upkeep.collecting import Collection
 
@@ -62,7 +63,7 @@ Moved = TypeVar("Moved", bound=Alias | None)
 _MOVED: TypeAdapter[Alias | None] = TypeAdapter(Alias | None)
 
 
-class Registry(RoutingRegistry):
+class Registry(LedgerRegistry):
     """Threads may share one. `now` gives the time that rows are stamped with."""
 
     def register_base(self, base: BaseDescription, principal: Principal) -> None:

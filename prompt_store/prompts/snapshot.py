@@ -8,7 +8,7 @@ the day on which its model is shut down.
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -16,6 +16,10 @@ from sqlalchemy import Connection, Row, Select, Table, select
 
 from prompt_store.changes import current_sequence
 from prompt_store.errors import InvalidName, SchemaMismatch
+from prompt_store.experiments.allocating import allocations_in_force, read_allocations
+from prompt_store.experiments.experiment import Experiment
+from prompt_store.experiments.keeping import read_running
+from prompt_store.experiments.records import NumberedAllocation
 from prompt_store.names import AliasSelector, DigestSelector, NumberSelector, Selector
 from prompt_store.prompts.bases import read_bases
 from prompt_store.prompts.lookup import read_row, select_versions
@@ -39,7 +43,8 @@ class TaskSnapshot:
 
     `revisions` and `versions` are by digest, `versions` in order of their numbers. Every digest in `numbers` and
     `aliases` is a key of `versions`, that of every readable version's task revision a key of `revisions`.
-    `calibrations` are by version digest and measure.
+    `calibrations` are by version digest and measure, `allocations` by the name of the split in the route, and
+    `experiments` are the running ones by theirs, without those whose document this code cannot read.
     """
 
     name: str
@@ -50,6 +55,8 @@ class TaskSnapshot:
     aliases: Mapping[str, str]
     route: TaskRoute | Unreadable
     calibrations: Mapping[tuple[str, str], Calibration]
+    allocations: Mapping[str, NumberedAllocation] = field(default_factory=dict)
+    experiments: Mapping[str, Experiment] = field(default_factory=dict)
 
     def find(self, selector: Selector) -> PromptVersion | UnreadableVersion | None:
         """The version that a selector names, None where there is none. Raises InvalidName where it fits several."""
@@ -136,8 +143,14 @@ def _read_tasks(
     for row in connection.execute(_of(select(aliases), aliases, names)):
         targets[row.task][row.name] = row.version
     routes = read_routes(connection, names)
+    stored = read_allocations(connection, names)
+    running = read_running(connection, names)
     calibrations = read_calibrations(connection, names)
     query = select(tasks) if names is None else select(tasks).where(tasks.c.name.in_(names))
+    rows = connection.execute(query).all()
+    divided = {
+        row.name: _divided(routes.get(row.name, TaskRoute()), stored[row.name], running[row.name]) for row in rows
+    }
     return {
         row.name: TaskSnapshot(
             name=row.name,
@@ -146,11 +159,34 @@ def _read_tasks(
             versions=by_digest[row.name],
             numbers={version.number: digest for digest, version in by_digest[row.name].items()},
             aliases=targets[row.name],
-            route=routes.get(row.name, TaskRoute()),
+            route=divided[row.name][0],
             calibrations=calibrations.get(row.name, {}),
+            allocations=divided[row.name][1],
+            experiments={
+                name: experiment
+                for name, experiment in running[row.name].items()
+                if not isinstance(experiment, Unreadable)
+            },
         )
-        for row in connection.execute(query)
+        for row in rows
     }
+
+
+def _divided(
+    route: TaskRoute | Unreadable,
+    stored: Mapping[str, NumberedAllocation | Unreadable],
+    running: Mapping[str, Experiment | Unreadable],
+) -> tuple[TaskRoute | Unreadable, dict[str, NumberedAllocation]]:
+    """A route with the allocations of its splits; one with a damaged allocation is not served.
+
+    Traffic is split also for an experiment whose document cannot be read.
+    """
+    if isinstance(route, Unreadable):
+        return route, {}
+    try:
+        return route, allocations_in_force(route.route, stored, running)
+    except SchemaMismatch as error:
+        return Unreadable(str(error)), {}
 
 
 def _read_rows(

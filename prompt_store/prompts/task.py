@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from prompt_store.canonical import canonical_digest, canonical_json
 from prompt_store.errors import InvalidName, InvalidTask, nearest_name
+from prompt_store.ledger.automatic import AUTOMATIC
+from prompt_store.ledger.entries import DEMONSTRATION
 from prompt_store.names import check_task_name, check_texts
 from prompt_store.prompts.template import FIELD_NAME, Message, fill_in, render_messages, template_fields
 
@@ -45,12 +47,13 @@ class SamplingDefaults(BaseModel):
 
 
 class Metric(BaseModel):
-    """A figure that answers are judged by, and which way is better."""
+    """What answers are judged by, which way is better, and of which type an outcome's value is."""
 
     model_config = _FROZEN
 
     name: str = Field(min_length=1, max_length=64)
     direction: Literal["maximise", "minimise"]
+    type: Literal["number", "boolean", "text"] = "number"
 
 
 class Task(BaseModel):
@@ -131,8 +134,12 @@ class Task(BaseModel):
         _refuse_remote_references(self.json_schema)
 
     def document(self) -> dict[str, Any]:
-        """The whole task as JSON values, defaults included."""
-        return self.model_dump(mode="json")
+        """The whole task as JSON values, defaults included, except metrics' types: digests are older than those."""
+        document = self.model_dump(mode="json")
+        for metric in document["metrics"]:
+            if metric["type"] == "number":
+                del metric["type"]
+        return document
 
     @cached_property
     def digest(self) -> str:
@@ -150,12 +157,16 @@ class Task(BaseModel):
 
 def parse_task(document: Mapping[str, Any], *, source: str = "task") -> Task:
     """Raises InvalidTask giving `source`, the place and the reason; an unknown key names the nearest known one."""
-    # Not the model's own rule: it also reads what the store took in before there was this one.
+    # Not the model's own rules: it also reads what the store took in before there were these.
     check_texts(f"text of {source}", document, InvalidTask)
     try:
-        return Task.model_validate(dict(document))
+        task = Task.model_validate(dict(document))
     except ValidationError as error:
         raise InvalidTask(f"{source}: {_explain(error)}") from error
+    taken = next((metric.name for metric in task.metrics if metric.name in (*AUTOMATIC, DEMONSTRATION)), None)
+    if taken is not None:
+        raise InvalidTask(f"{source}: every task has the metric {taken!r} already; leave it out, or rename your own")
+    return task
 
 
 def load_task(path: Path | str) -> Task:

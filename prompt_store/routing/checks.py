@@ -20,6 +20,7 @@ from prompt_store.prompts.version import (
     TextPayload,
 )
 from prompt_store.routing.backends import BackendDescription, choose_backend
+from prompt_store.routing.rewriting import splits
 from prompt_store.routing.routes import (
     CascadeRoute,
     DirectRoute,
@@ -55,6 +56,7 @@ def check_route(
         )
     checks = _Checks(task, backends, today, readable(task.revision).task.kind)
     checks.check((task.name, "route"), route.route, {})
+    checks.check_split_names(route.route)
     checks.warn_of_shutdowns(route.route)
     if checks.problems:
         raise InvalidRoute.of(checks.problems)
@@ -86,6 +88,18 @@ class _Checks:
             if isinstance(route, CascadeRoute) and way == ("first",) and "logprob" in route.measure:
                 wanted = {**needs, "logprobs": f"a cascade that measures {route.measure}"}
             self.check((*place, *way), inner, wanted)
+
+    def check_split_names(self, route: Route) -> None:
+        """Splits of one name share an allocation, so they must divide traffic alike."""
+        first: dict[str, dict[str, float]] = {}
+        for way, split in splits(route):
+            weights = {arm.name: arm.weight for arm in split.arms}
+            if first.setdefault(split.experiment, weights) != weights:
+                self._refuse(
+                    (self.task.name, "route", *way, "experiment"),
+                    f"another split of the route is called {split.experiment!r} too and has other arms or weights; "
+                    "give each a name of its own",
+                )
 
     def _check_cascade(self, place: Place, route: CascadeRoute) -> None:
         if route.measure.startswith("quantile_logprob") and self.kind == "classify":

@@ -15,27 +15,23 @@ backend = "local"
 """
 
 import json
-import re
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from prompt_store.errors import InvalidArtifact, InvalidName, InvalidRoute, Place, RouteProblem, nearest_name
-from prompt_store.files import read_bounded
+from prompt_store.errors import InvalidName, InvalidRoute, Place, RouteProblem, dotted, nearest_name
 from prompt_store.names import check_task_name
 from prompt_store.routing.routes import LIST_FIELDS, MAX_DEPTH, MAX_LEAVES, SINGLE_FIELDS, TaskRoute, problems_of
-from prompt_store.routing.toml_lines import lines_of
+from prompt_store.routing.toml_lines import lines_of, located, read_toml
 
-_LARGEST_FILE = 2**20
+LARGEST_FILE_BYTES = 2**20
 _MOST_ROUTES = MAX_LEAVES * MAX_DEPTH
 _INLINE_WIDTH = 90
 
 _DIRECT_FIELDS = frozenset({"backend", "version"})
-_SYNTAX = re.compile(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)")
 
 
 @dataclass(frozen=True)
@@ -49,25 +45,12 @@ class RouteFile:
 
     def located(self, error: InvalidRoute) -> InvalidRoute:
         """What is wrong with the routes, as `check_route` says it, with the file's lines; by line, each once."""
-        return _located(self.path, error.problems, self._lines, self._sources)
+        return InvalidRoute.of(located(self.path, error.problems, self._lines, self._sources))
 
 
 def load_routes(path: Path) -> RouteFile:
     """Raises InvalidRoute with every problem, each with file and line."""
-    try:
-        text = read_bounded(path, _LARGEST_FILE).decode()
-        document = tomllib.loads(text)
-    except InvalidArtifact as error:
-        raise InvalidRoute(str(error)) from error
-    except UnicodeDecodeError as error:
-        raise InvalidRoute(f"{path}: is not UTF-8; save it so") from error
-    except RecursionError as error:
-        raise InvalidRoute(f"{path}: is nested too deeply; flatten it") from error
-    except ValueError as error:  # also a number of more digits than Python reads
-        found = _SYNTAX.fullmatch(str(error))
-        line = found[2] or text.rstrip().count("\n") + 1 if found else None
-        where, what = (f"{path}:{line}", found[1]) if found else (str(path), str(error))
-        raise InvalidRoute(f"{where}: is not TOML: {what}; correct it there") from error
+    document, text = read_toml(path, LARGEST_FILE_BYTES, InvalidRoute)
     reading = _Reading()
     routes: dict[str, TaskRoute] = {}
     for task, declared in document.items():
@@ -76,7 +59,7 @@ def load_routes(path: Path) -> RouteFile:
             routes[task] = route
     lines = lines_of(text)
     if reading.problems:
-        raise _located(path, reading.problems, lines, reading.sources)
+        raise InvalidRoute.of(located(path, reading.problems, lines, reading.sources))
     if not routes:
         raise InvalidRoute(f"{path}: declares no route; begin with a table named after a task, such as [my_task.route]")
     return RouteFile(path, routes, lines, reading.sources)
@@ -113,7 +96,7 @@ class _Reading:
         if not isinstance(parts, dict):
             self.problems.append(RouteProblem((task, "parts"), f"is no table; write [{task}.parts.NAME] for each part"))
             parts = {}
-        expansion = _Expansion(task, parts, self.problems, self.sources)
+        expansion = Expansion((task, "parts"), parts, self.problems, self.sources)
         if "route" in whole:
             whole["route"] = expansion.expand(whole["route"], (task, "route"), (task, "route"))
         try:
@@ -130,10 +113,13 @@ class _Reading:
 
 
 @dataclass
-class _Expansion:
-    """Puts the parts of one task in the place of their names. What is wrong with one is noted, and it left out."""
+class Expansion:
+    """Puts the parts at a place of the file in the place of their names, and lets direct routes do without a kind.
 
-    task: str
+    What is wrong with one is noted, and it left out.
+    """
+
+    at: Place
     parts: Mapping[str, Any]
     problems: list[RouteProblem]
     sources: dict[Place, Place]
@@ -151,7 +137,7 @@ class _Expansion:
             if fault is not None:
                 return self._leave_out(source, fault)
             self.used.add(value)
-            return self.expand(self.parts[value], place, (self.task, "parts", value), (*within, value), depth)
+            return self.expand(self.parts[value], place, (*self.at, value), (*within, value), depth)
         if not isinstance(value, dict):
             return value
         self.count += 1
@@ -191,7 +177,7 @@ class _Expansion:
         if name in self.parts:
             return None
         nearest = nearest_name(name, self.parts)
-        hint = f"did you mean {nearest!r}?" if nearest is not None else f"declare it as [{self.task}.parts.{name}]"
+        hint = f"did you mean {nearest!r}?" if nearest is not None else f"declare it as [{dotted((*self.at, name))}]"
         return f"there is no part {name!r}; {hint}"
 
     def _leave_out(self, source: Place, fault: str) -> Any:
@@ -199,25 +185,6 @@ class _Expansion:
         if problem not in self.problems:
             self.problems.append(problem)
         return {"kind": "direct"}
-
-
-def _located(
-    path: Path, problems: Iterable[RouteProblem], lines: Mapping[Place, int], sources: Mapping[Place, Place]
-) -> InvalidRoute:
-    found: dict[tuple[int, str], RouteProblem] = {}
-    for problem in problems:
-        known = next((problem.place[:end] for end in _ends(problem.place) if problem.place[:end] in sources), None)
-        place = (*sources[known], *problem.place[len(known) :]) if known is not None else problem.place
-        line = next((lines[place[:end]] for end in _ends(place) if place[:end] in lines), 1)
-        message = str(RouteProblem(place, problem.message))
-        found.setdefault((line, message), RouteProblem((), f"{path}:{line}: {message}"))
-    ordered = tuple(found[key] for key in sorted(found))
-    return InvalidRoute.of(ordered)
-
-
-def _ends(place: Place) -> Iterator[int]:
-    """Where a place may be cut off, the longest piece first."""
-    return iter(range(len(place), 0, -1))
 
 
 def _table(place: tuple[str, ...], document: Mapping[str, Any], *, array: bool = False) -> Iterator[str]:

@@ -102,7 +102,10 @@ class RoutingRegistry:
     ) -> dict[str, tuple[str, ...]]:
         """What `apply_routes` would warn of, by task, or raise."""
         with self.database.read() as connection:
-            return self._check(connection, routes, expected or {}, backends)
+            warnings = self._check(connection, routes, expected or {}, backends)
+            for task, route in routes.items():
+                revisions.check_replaceable(connection, task, route)
+            return warnings
 
     def rollback_route(
         self,

@@ -12,9 +12,11 @@ from prompt_store.access import Principal
 from prompt_store.canonical import canonical_json
 from prompt_store.changes import record
 from prompt_store.errors import Conflict, SchemaMismatch
+from prompt_store.experiments.keeping import RUNNING
+from prompt_store.experiments.splits import allocate_splits, check_splits
 from prompt_store.prompts.unreadable import Unreadable
 from prompt_store.routing.routes import ROUTE, DirectRoute, TaskRoute, leaves
-from prompt_store.tables import route_revisions
+from prompt_store.tables import experiments, route_revisions
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,16 @@ def write_route(
 ) -> tuple[RouteRevision, bool]:
     """Puts a checked route in force for an existing task; the one in force already is not written again.
 
-    Returns the revision in force, and whether it was written.
+    Returns the revision in force, and whether it was written. Raises Conflict where a running experiment would lose
+    its split.
     """
     current = _newest(connection, task)
+    read = _read_row(current) if current is not None else None
     # One of another release cannot be compared: it is replaced.
-    if current is not None and (read := _read_row(current)) is not None and read.route == route:
+    if read is not None and read.route == route:
         return read, False
+    before = read.route.route if read is not None else None
+    check_splits(connection, task, before, route.route)
     number = current.number + 1 if current is not None else 1
     connection.execute(
         insert(route_revisions).values(
@@ -83,7 +89,16 @@ def write_route(
         reason=reason,
         details=details if restores is None else {**details, "restores": restores},
     )
+    allocate_splits(connection, task, before, route.route, principal, at, reason)
     return RouteRevision(number, route, at, principal.name, reason, restores), True
+
+
+def check_replaceable(connection: Connection, task: str, route: TaskRoute) -> None:
+    """Raises Conflict where `write_route` would, for a running experiment or the name of one that has ended."""
+    current = _newest(connection, task)
+    read = _read_row(current) if current is not None else None
+    if read is None or read.route != route:
+        check_splits(connection, task, read.route.route if read is not None else None, route.route)
 
 
 def check_expected(connection: Connection, task: str, expected: int | None) -> None:
@@ -133,6 +148,14 @@ def read_route(connection: Connection, task: str) -> RouteRevision | None:
     return _to_route_revision(row) if row is not None else None
 
 
+def read_numbered_route(connection: Connection, task: str, number: int) -> TaskRoute:
+    """A revision's route; TaskRoute() for 0, when none was applied yet. Raises SchemaMismatch."""
+    if number == 0:
+        return TaskRoute()
+    query = select(route_revisions).where(route_revisions.c.task == task, route_revisions.c.number == number)
+    return _to_route_revision(connection.execute(query).one()).route
+
+
 def read_route_history(connection: Connection, task: str) -> list[RouteRevision]:
     """Every route a task had, newest first. Raises SchemaMismatch."""
     query = select(route_revisions).where(route_revisions.c.task == task).order_by(route_revisions.c.number.desc())
@@ -145,13 +168,30 @@ def read_routes(connection: Connection, tasks: Collection[str] | None = None) ->
     if tasks is not None:
         newest = newest.where(route_revisions.c.task.in_(tasks))
     key = tuple_(route_revisions.c.task, route_revisions.c.number)
-    found: dict[str, TaskRoute | Unreadable] = {}
-    for row in connection.execute(select(route_revisions).where(key.in_(newest))):
-        try:
-            found[row.task] = _to_route_revision(row).route
-        except SchemaMismatch as error:
-            found[row.task] = Unreadable(str(error))
-    return found
+    query = select(route_revisions).where(key.in_(newest))
+    return {row.task: _readable_route(row) for row in connection.execute(query)}
+
+
+def read_routes_behind(
+    connection: Connection, tasks: Collection[str] | None = None
+) -> list[tuple[str, str, TaskRoute | Unreadable]]:
+    """What running experiments go back to when they are stopped: task, experiment, and the route from before.
+
+    Without those that started where none was applied.
+    """
+    before = (route_revisions.c.task == experiments.c.task) & (route_revisions.c.number == experiments.c.route_before)
+    query = select(route_revisions, experiments.c.name.label("experiment")).join(experiments, before)
+    query = query.where(experiments.c.state == RUNNING)
+    if tasks is not None:
+        query = query.where(experiments.c.task.in_(tasks))
+    return [(row.task, row.experiment, _readable_route(row)) for row in connection.execute(query)]
+
+
+def _readable_route(row: Row[Any]) -> TaskRoute | Unreadable:
+    try:
+        return _to_route_revision(row).route
+    except SchemaMismatch as error:
+        return Unreadable(str(error))
 
 
 def _to_route_revision(row: Row[Any]) -> RouteRevision:

@@ -204,12 +204,35 @@ def parse_task_route(document: Mapping[str, Any]) -> TaskRoute:
         raise InvalidRoute.of(problems) from error
 
 
-def problems_of(error: ValidationError) -> list[RouteProblem]:
-    """What pydantic found wrong with a TaskRoute's document, at the places of that document."""
+def in_words(_: Place, kind: str, message: str) -> str:
+    """What a problem of pydantic's kind says of a route's field, with the remedy."""
+    match kind:
+        case "model_attributes_type" | "dict_type" | "model_type":
+            return "this is no route; write a table (an object in JSON), or in a file the name of a part"
+        case "tuple_type":
+            return "this is no list; write [ and ] around what belongs to it"
+        case "value_error":
+            return message.removeprefix("Value error, ")
+        case "extra_forbidden":
+            return "there is no such field here; remove it, or correct its name"
+        case "missing":
+            return "this field is missing; add it"
+        case "union_tag_not_found":
+            return "the kind is missing; give kind = direct, split, fallback, cascade, shadow or ensemble"
+        case "union_tag_invalid":
+            return f"{message[0].lower()}{message[1:]}; use one of these"
+    return f"{message[0].lower()}{message[1:]}; correct it"
+
+
+def problems_of(error: ValidationError, words: Callable[[Place, str, str], str] = in_words) -> list[RouteProblem]:
+    """What pydantic found wrong with a document that has routes in it, at its places.
+
+    `words` are given a place, pydantic's kind of problem and its message.
+    """
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     found = [(_place(each["loc"]), each["type"], each["msg"]) for each in errors]
     return [
-        RouteProblem(place, _in_words(kind, message))
+        RouteProblem(place, words(place, kind, message))
         for place, kind, message in found
         # A list is called too short also where entries of it are wrong, which is said of them.
         if kind != "too_short" or not any(other[: len(place)] == place for other, *_ in found if other != place)
@@ -296,22 +319,3 @@ def _place(steps: tuple[int | str, ...]) -> Place:
         tag_follows = in_list or step in ("route", *SINGLE_FIELDS)
         place.append(step)
     return tuple(place)
-
-
-def _in_words(kind: str, message: str) -> str:
-    match kind:
-        case "model_attributes_type" | "dict_type" | "model_type":
-            return "this is no route; write a table (an object in JSON), or in a file the name of a part"
-        case "tuple_type":
-            return "this is no list; write [ and ] around what belongs to it"
-        case "value_error":
-            return message.removeprefix("Value error, ")
-        case "extra_forbidden":
-            return "there is no such field here; remove it, or correct its name"
-        case "missing":
-            return "this field is missing; add it"
-        case "union_tag_not_found":
-            return "the kind is missing; give kind = direct, split, fallback, cascade, shadow or ensemble"
-        case "union_tag_invalid":
-            return f"{message[0].lower()}{message[1:]}; use one of these"
-    return f"{message[0].lower()}{message[1:]}; correct it"

@@ -11,6 +11,7 @@ from datetime import datetime
 from sqlalchemy import Connection, delete, func, select
 
 from prompt_store.database import insert_into
+from prompt_store.ledger.writing import erased_ms
 from prompt_store.names import storable_text
 from prompt_store.tables import shadow_answers
 
@@ -38,6 +39,7 @@ class ShadowAnswer:
     shadow_error: str | None
     shadow_ms: float
     agreement: float | None
+    unit_hash: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,16 @@ class ShadowSummary:
 
 
 def add_shadow_answers(connection: Connection, answers: Iterable[ShadowAnswer]) -> None:
-    """Keeps those whose id is not there yet. What a database cannot hold of a text is replaced."""
+    """Keeps those whose id is not there yet, but of erased units what came since alone.
+
+    What a database cannot hold of a text is replaced.
+    """
+    found = {answer.id: answer for answer in answers}.values()
+    erased = erased_ms(connection, {answer.unit_hash for answer in found if answer.unit_hash is not None})
     rows = [
         {name: storable_text(value) if isinstance(value, str) else value for name, value in asdict(answer).items()}
-        for answer in {answer.id: answer for answer in answers}.values()
+        for answer in found
+        if answer.at.timestamp() * 1000 > erased.get(answer.unit_hash or "", -1)
     ]
     if not rows:
         return

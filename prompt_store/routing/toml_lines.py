@@ -1,10 +1,16 @@
-"""On which line of a TOML document each value begins: tomllib gives the values and not their places."""
+"""Reading TOML with the line on which each value begins: tomllib gives the values and not their places."""
 
 import re
 import tomllib
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-from prompt_store.errors import Place
+from prompt_store.errors import InvalidArtifact, Place, RouteProblem, StoreError
+from prompt_store.files import read_bounded
+
+_SYNTAX = re.compile(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)")
 
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 _SPACES = re.compile(r"[ \t]*")
@@ -17,6 +23,46 @@ _STRING = re.compile(
 )
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _OTHER_VALUE = re.compile(r"[^,\]}#\n]*")
+
+
+def read_toml(path: Path, largest_bytes: int, refusal: type[StoreError]) -> tuple[dict[str, Any], str]:
+    """A file's values and its text. Raises `refusal` with file and line."""
+    try:
+        text = read_bounded(path, largest_bytes).decode()
+        return tomllib.loads(text), text
+    except InvalidArtifact as error:
+        raise refusal(str(error)) from error
+    except UnicodeDecodeError as error:
+        raise refusal(f"{path}: is not UTF-8; save it so") from error
+    except RecursionError as error:
+        raise refusal(f"{path}: is nested too deeply; flatten it") from error
+    except ValueError as error:  # also a number of more digits than Python reads
+        found = _SYNTAX.fullmatch(str(error))
+        line = found[2] or text.rstrip().count("\n") + 1 if found else None
+        where, what = (f"{path}:{line}", found[1]) if found else (str(path), str(error))
+        raise refusal(f"{where}: is not TOML: {what}; correct it there") from error
+
+
+def located(
+    path: Path, problems: Iterable[RouteProblem], lines: Mapping[Place, int], sources: Mapping[Place, Place]
+) -> tuple[RouteProblem, ...]:
+    """Problems with file and line in their message, by line and each once.
+
+    `sources` say of places in what was made of the file where in it they are.
+    """
+    found: dict[tuple[int, str], RouteProblem] = {}
+    for problem in problems:
+        known = next((problem.place[:end] for end in _ends(problem.place) if problem.place[:end] in sources), None)
+        place = (*sources[known], *problem.place[len(known) :]) if known is not None else problem.place
+        line = next((lines[place[:end]] for end in _ends(place) if place[:end] in lines), 1)
+        message = str(RouteProblem(place, problem.message))
+        found.setdefault((line, message), RouteProblem((), f"{path}:{line}: {message}"))
+    return tuple(found[key] for key in sorted(found))
+
+
+def _ends(place: Place) -> Iterator[int]:
+    """Where a place may be cut off, the longest piece first."""
+    return iter(range(len(place), 0, -1))
 
 
 def lines_of(text: str) -> dict[Place, int]:

@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 from prompt_store.database import Database
 from prompt_store.migrating import Storage
 from prompt_store.upkeep.contents import check_backends, check_calibrations, check_tasks, check_tensors, check_versions
+from prompt_store.upkeep.divided import check_allocations, check_experiments
 from prompt_store.upkeep.histories import check_aliases, check_log, check_routes
 from prompt_store.upkeep.problems import RESTORE, Checked, Damage, Problem, Reader
 
@@ -57,5 +58,7 @@ _CHECKS: dict[str, Callable[[Reader, Checked], Iterator[Problem]]] = {
     "the backends": check_backends,
     "the aliases": check_aliases,
     "the routes": check_routes,
+    "the experiments": check_experiments,
+    "the allocations": check_allocations,
     "the logs": check_log,
 }

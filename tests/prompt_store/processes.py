@@ -15,6 +15,8 @@ from sqlalchemy import event, update
 
 from prompt_store.database import Database
 from prompt_store.errors import Conflict
+from prompt_store.experiments.experiment import parse_experiment
+from prompt_store.leadership import Leadership
 from prompt_store.prompts.registry import NewVersion, Registry
 from prompt_store.prompts.soft_prompt import SoftPrompt
 from prompt_store.tables import tasks
@@ -131,6 +133,13 @@ def publish_when_asked(location: str, asked: Connection, tell: Connection) -> No
             tell.send(time.monotonic())
 
 
+def lead_when_asked(location: str, asked: Connection, tell: Connection) -> None:
+    """Says whether it leads as often as it is asked, until it receives None."""
+    with Database.open(location) as database, Leadership(database, "decisions") as leadership:
+        while asked.recv() is not None:
+            tell.send(leadership.held())
+
+
 def finished(children: Sequence[BaseProcess], *, timeout_s: float = 60.0) -> None:
     """Waits for processes that are to end well, and ends those that do not."""
     until_s = time.monotonic() + timeout_s
@@ -142,3 +151,16 @@ def finished(children: Sequence[BaseProcess], *, timeout_s: float = 60.0) -> Non
             child.kill()
             child.join()
     assert codes == [0] * len(codes)
+
+
+def start_at_once(location: str, start: Barrier, document: dict[str, Any], answer: Connection) -> None:
+    """Starts an experiment when all others do; answers whether it did."""
+    with Database.open(location) as database:
+        registry = Registry(database)
+        start.wait()
+        try:
+            registry.start_experiment(parse_experiment(document), ANNA)
+        except Conflict:
+            answer.send(False)
+        else:
+            answer.send(True)

@@ -102,3 +102,19 @@ def test_old_shadow_answers_are_deleted(registry: Registry) -> None:
     registry.add_shadow_answers(map(answer, range(4)))
     assert registry.delete_shadow_answers(START + timedelta(seconds=2)) == 2
     assert registry.shadow_answers(TASK) == [answer(3), answer(2)]
+
+
+def test_what_a_shadow_said_of_an_erased_unit_is_not_written_later(registry: Registry) -> None:
+    """It waits in memory for seconds, and a replica that erases does not know what the others have."""
+    registry.erase_unit("u1", ANNA)
+    later = datetime.now(UTC) + timedelta(days=1)
+    before = later - timedelta(days=2)
+    registry.add_shadow_answers(
+        [
+            answer(1, unit_hash="u1", at=before),
+            answer(2, unit_hash="u2", at=before),
+            answer(3, unit_hash="u1", at=later),
+            answer(4, at=before),
+        ]
+    )
+    assert {kept.id for kept in registry.shadow_answers(TASK)} == {"s2", "s3", "s4"}

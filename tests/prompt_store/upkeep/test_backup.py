@@ -250,7 +250,8 @@ def test_a_backup_of_an_older_schema_is_brought_up_to_date_on_the_way(
             ALTER TABLE versions DROP COLUMN shutdown_date; ALTER TABLE route_revisions DROP COLUMN reason;
             ALTER TABLE route_revisions DROP COLUMN whole;
             ALTER TABLE route_revisions DROP COLUMN restores; DROP TABLE backends; DROP TABLE calibrations;
-            DROP TABLE spending; DROP TABLE shadow_answers;
+            DROP TABLE spending; DROP TABLE shadow_answers; DROP TABLE experiments; DROP TABLE allocations;
+            DROP TABLE answers; DROP TABLE captures; DROP TABLE erased_units;
             UPDATE alembic_version SET version_num = '0001'; DELETE FROM meta WHERE key = 'schema_oldest_reader';
             DELETE FROM alias_moves WHERE sequence = (SELECT max(sequence) FROM alias_moves);
             UPDATE aliases SET version = (SELECT digest FROM versions WHERE number = 3);
