@@ -1,0 +1,201 @@
+"""An experiment in one sentence: what to do and how sure that is; and what may mislead whoever reads its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from prompt_store.experiments.records import ExperimentRecord
+from service.experiments.figures import ArmEstimate, Figures, GuardrailState, Interval, MetricFigures
+from service.experiments.wording import Scale, confidence, is_bounded, p_value, scale_of
+
+Verdict = Literal["promote", "stop", "continue", "unreadable", "ended"]
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What to do, for a program and in words."""
+
+    verdict: Verdict
+    sentence: str
+
+
+def advice_of(figures: Figures, record: ExperimentRecord) -> Advice:
+    """What to do now, or how it ended."""
+    if record.state != "running":
+        return Advice("ended", _ending(figures, record))
+    if figures.sample_ratio.mismatch:
+        return Advice("unreadable", f"Do not read this yet: {mismatch_of(figures)}; find the cause first.")
+    if figures.units == 0:
+        return Advice("continue", "Keep going: no unit has come to an arm yet.")
+    return _advice(figures, record)
+
+
+def sentence_of(figures: Figures, record: ExperimentRecord) -> str:
+    """The words of `advice_of`."""
+    return advice_of(figures, record).sentence
+
+
+def caveats_of(figures: Figures) -> tuple[str, ...]:
+    """What to keep in mind, a sentence each."""
+    found = []
+    if figures.missing_differs:
+        found.append(
+            f"Arms differ in how many of their units have a value of {figures.decision.metric}, so their means are "
+            "over units that may not be alike; find out why values are missing."
+        )
+    if figures.mixed:
+        found.append(
+            "An arm's requests were not all answered by the same version and backend; units count for the arm that was "
+            "meant, and what answered is under “As served”."
+        )
+    if figures.crossed:
+        found.append(
+            f"{_units(figures.crossed)} saw more than one arm, as happens when weights change; each counts for the "
+            "first that it saw."
+        )
+    if figures.forced:
+        asked = "exposure was" if figures.forced == 1 else "exposures were"
+        found.append(f"{figures.forced:,} {asked} asked for rather than drawn and count nowhere.")
+    if figures.held_out:
+        found.append(
+            f"{_units(figures.held_out)} {'was' if figures.held_out == 1 else 'were'} held out and saw no arm."
+        )
+    return tuple(found)
+
+
+def mismatch_of(figures: Figures) -> str:
+    """Units came to arms as 48.0 to 52.0 where 50 to 50 was drawn (p < 0.0001)."""
+    ratio = figures.sample_ratio
+    observed, expected = sum(ratio.observed.values()), sum(ratio.expected.values())
+    came = " to ".join(f"{100 * ratio.observed.get(arm, 0) / observed:.1f}" for arm in ratio.expected)
+    drawn = " to ".join(f"{100 * units / expected:.3g}" for units in ratio.expected.values())
+    return f"units came to arms as {came} where {drawn} was drawn ({p_value(ratio.p_value)})"
+
+
+def margin_of(metric: MetricFigures) -> str:
+    """A guardrail's margin in words."""
+    if not metric.margin:
+        return "no margin"
+    size = (
+        f"{100 * metric.margin:.3g}% of the control's"
+        if metric.relative
+        else scale_of(metric).difference(metric.margin)
+    )
+    return f"a margin of {size}"
+
+
+def difference_of(metric: MetricFigures, arm: ArmEstimate, control: str, alpha: float, verb: str = "is") -> str:
+    """helpful is 4.1 points higher with candidate than with control (95% sequence 1.2 to 7.0)."""
+    assert arm.lift is not None, "said of arms whose lift is known"
+    scale = scale_of(metric)
+    side = "higher" if arm.lift.estimate >= 0.0 else "lower"
+    judged = ""
+    if metric.direction == "minimise" and arm.lift.estimate:
+        judged = ", which is worse," if arm.lift.estimate > 0.0 else ", which is better,"
+    sequence = f" ({confidence(alpha)} sequence {_range(arm.lift, scale)})" if is_bounded(arm.lift) else ""
+    return f"{metric.metric} {verb} {scale.size(arm.lift)} {side}{judged} with {arm.arm} than with {control}{sequence}"
+
+
+def _advice(figures: Figures, record: ExperimentRecord) -> Advice:
+    metric, rules = figures.decision, record.experiment.rules
+    control, *others = metric.arms
+    broken = [arm for arm in others if state_of(figures, arm.arm) == "violated"]
+    if len(broken) == len(others):
+        names = _joined(arm.arm for arm in broken)
+        return Advice("stop", f"Stop: {_breaches(figures, names)}, so no arm may be promoted.")
+    allowed = [arm for arm in others if arm not in broken and arm.lift is not None and is_bounded(arm.lift)]
+    if not allowed:
+        return Advice(
+            "continue", f"Keep going: {_units(figures.units)} are too few to say anything of {metric.metric}."
+        )
+    leader = max(allowed, key=lambda arm: (_gain(metric, arm).low > 0.0, _gain(metric, arm).estimate))
+    difference = difference_of(metric, leader, control.arm, figures.alpha)
+    found = f"{difference} after {_units(figures.units)}"
+    if _gain(metric, leader).low > 0.0:
+        return _leading(figures, record, leader, found)
+    reachable = max(_gain(metric, arm).high for arm in allowed)
+    if len(allowed) + len(broken) == len(others):
+        if reachable < 0.0:
+            return Advice("stop", f"Stop: no arm can be better than {control.arm}; {found}.")
+        if rules.futile_below is not None and reachable < rules.futile_below:
+            least = scale_of(metric).difference(rules.futile_below)
+            return Advice("stop", f"Stop: no arm can be better than {control.arm} by {least}; {found}.")
+    return Advice("continue", f"Keep going: {found}, so it is not settled which is better.")
+
+
+def _leading(figures: Figures, record: ExperimentRecord, leader: ArmEstimate, found: str) -> Advice:
+    """Of an arm that is surely better, and breaks no guardrail: may it be promoted?"""
+    minimum = record.experiment.rules.minimum_units
+    fewest = min(leader.units, figures.decision.arms[0].units)
+    if fewest < minimum:
+        return Advice(
+            "continue", f"Keep going: {found}, but an arm has {_units(fewest)} of the {minimum:,} that it should have."
+        )
+    if unsettled := _guardrails(figures, leader.arm, "open"):
+        within = _joined(f"{each.metric} stays within {margin_of(each)}" for each in unsettled)
+        return Advice("continue", f"Keep going: {found}, but it is not settled yet that {within}.")
+    held = _guardrails(figures, leader.arm, "held")
+    also = f", and {_joined(each.metric for each in held)} {'is' if len(held) == 1 else 'are'} held" if held else ""
+    return Advice("promote", f"Promote {leader.arm}: {found}{also}.")
+
+
+def _ending(figures: Figures, record: ExperimentRecord) -> str:
+    when = f" on {record.ended_at:%-d %B %Y}" if record.ended_at is not None else ""
+    whom = f" by {record.ended_by}" if record.ended_by else ""
+    did = {
+        "promoted": f"{record.winner} was promoted",
+        "stopped": "Stopped",
+        "rolled_back": f"Rolled back to {figures.control}",
+    }[record.state]
+    why = f": {record.reason.rstrip('.')}" if record.reason else ""
+    known = [arm for arm in figures.decision.arms if arm.lift is not None]
+    named = [arm for arm in known if arm.arm == record.winner] or known
+    if not named:
+        return f"{did}{when}{whom}{why}. Nothing was known of {figures.decision.metric} then."
+    arm = max(named, key=lambda each: _gain(figures.decision, each).estimate)
+    difference = difference_of(figures.decision, arm, figures.control, figures.alpha, "was")
+    return f"{did}{when}{whom}{why}. After {_units(figures.units)}, {difference}."
+
+
+def state_of(figures: Figures, arm: str) -> GuardrailState:
+    """The worst state of an arm's guardrails."""
+    states = [each.states.get(arm, "held") for each in figures.metrics if each.states is not None]
+    return next((state for state in ("violated", "open") if state in states), "held")
+
+
+def _guardrails(figures: Figures, arm: str, state: GuardrailState) -> list[MetricFigures]:
+    return [each for each in figures.metrics if each.states is not None and each.states.get(arm) == state]
+
+
+def _breaches(figures: Figures, names: str) -> str:
+    """candidate makes latency_ms worse than a margin of 50 ms allows."""
+    broken = [each for each in figures.metrics if each.guardrail == "violated"]
+    verb = "make" if " and " in names else "makes"
+    return f"{names} {verb} {_joined(f'{each.metric} worse than {margin_of(each)} allows' for each in broken)}"
+
+
+def _gain(metric: MetricFigures, arm: ArmEstimate) -> Interval:
+    """An arm's lift, turned so that more is better."""
+    assert arm.lift is not None, "asked of arms whose lift is known"
+    lift = arm.lift
+    return lift if metric.direction == "maximise" else Interval(-lift.estimate, -lift.high, -lift.low)
+
+
+def _range(lift: Interval, scale: Scale) -> str:
+    """A sequence in the direction of its estimate: 1.2 to 7.0, or 2.0 lower to 7.0 higher where it spans zero."""
+    decimals = scale.decimals(lift)
+    low, high = (f"{abs(bound) * scale.factor:,.{decimals}f}" for bound in (lift.low, lift.high))
+    if lift.low < 0.0 < lift.high:
+        return f"{low} lower to {high} higher"
+    return f"{low} to {high}" if lift.low >= 0.0 else f"{high} to {low}"
+
+
+def _joined(words: Iterable[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _units(count: int) -> str:
+    return f"{count:,} unit{'' if count == 1 else 's'}"
