@@ -1,4 +1,4 @@
-"""The command line: `softcue serve | register-base | prompts | routes | tune`. Each package brings its own commands."""
+"""The command line: `softcue serve | prompts | experiments | tune | ...`. Each package brings its own commands."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import typer
 
 from prompt_store.commands import app as prompts
 from prompt_store.commands.routes import app as routes
-from service.commands import backends_of, register_base, serve
-from training.commands import app as tune
-from training.commands import calibrating
+from service.commands.experiments import app as experiments
+from service.commands.serving import backends_of, register_base, serve
+from service.commands.units import app as units
+from training.commands.dataset import app as dataset
+from training.commands.tuning import app as tune
+from training.commands.tuning import calibrating
 
 app = typer.Typer(
     name="softcue", help="Serve tuned prompts: one frozen base model, a soft prompt for every task.",
@@ -36,7 +39,10 @@ def softcue(
 routes.add_typer(calibrating)
 app.add_typer(prompts, name="prompts")
 app.add_typer(routes, name="routes")
+app.add_typer(experiments, name="experiments")
+app.add_typer(units, name="units")
 app.add_typer(tune, name="tune")
+app.add_typer(dataset, name="dataset")
 
 
 def main() -> None:

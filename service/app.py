@@ -23,6 +23,7 @@ from prompt_store.access import Principal
 from prompt_store.bundle import load_bundle
 from prompt_store.database import Database
 from prompt_store.errors import StoreError
+from prompt_store.leadership import Leadership
 from prompt_store.prompts.registry import Registry
 from prompt_store.routing.backends import BackendDescription
 from prompt_store.routing.registry import utc_now
@@ -36,26 +37,36 @@ from service.api.answers import (
 )
 from service.api.backends import BackendController
 from service.api.bodies import require_content_type
+from service.api.callers import FORCE_KEY
 from service.api.description import VariadicTuples
+from service.api.experiments import ExperimentController
 from service.api.generations import GenerationController
 from service.api.openai import OpenAIController
 from service.api.operations import live, ready, ready_for_writes, scrape
+from service.api.outcomes import OutcomeController
 from service.api.prompt_aliases import AliasController
 from service.api.prompts import BodyLimits, PromptController, list_bases
 from service.api.responses import create_response
 from service.api.routes import RouteController, list_routes
 from service.api.tasks import TaskController
+from service.api.units import UnitController
 from service.catalog import Catalog
+from service.deciding import Decider
 from service.engines.base import Engine
 from service.engines.base_model import BaseModel, open_base_model
 from service.engines.build import build_backends, build_local
 from service.engines.errors import BaseModelError, EngineError
 from service.engines.remote.backend_settings import OpenAICompatibleSettings
 from service.engines.remote.provider import Provider
+from service.ledger.journal import Journal
+from service.ledger.recording import Capturing, Recorder
+from service.ledger.retention import forget_older
+from service.ledger.shipping import Shipper
 from service.metrics import Metrics
 from service.routing.backends import Backend, Backends
 from service.routing.errors import RoutingError
 from service.routing.execute import Executor
+from service.routing.judging import Judges
 from service.routing.leaves import Leaves
 from service.routing.recent import Recent
 from service.routing.retirement import Retirements, RetirementWatch
@@ -63,13 +74,14 @@ from service.routing.router import Router
 from service.routing.shadowing import Shadows
 from service.routing.shutdown_dates import Ask, ShutdownDates
 from service.routing.spending import Spending
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
 
 _SERVICE = Principal("service", frozenset({"admin"}))
 _ACCOUNTS_EVERY_S = 5.0
 _HOUR_S = 3600.0
+_SHIP_WITHIN_S = 5.0
 
 
 def create_app(
@@ -124,7 +136,19 @@ def create_app(
     spending = Spending(utc_now, registry.spending, registry.add_spending)
     shadows = Shadows(registry.add_shadow_answers, metrics.count_shadow)
     leaves = Leaves(catalog, served, retirements, spending)
-    router = Router(served, leaves, Executor(catalog), shadows, Recent(), metrics, database.signing_key())
+    journal = Journal.open(
+        settings.journal.folder or database.storage.journal,
+        segment_bytes=settings.journal.segment_bytes,
+        max_bytes=settings.journal.max_bytes,
+    )
+    metrics.watch_journal(lambda: journal.stats)
+    shipper = Shipper(journal, registry.add_entries)
+    recorder = Recorder(journal.append, _captures(settings), metrics)
+    judges = Judges(catalog.resolve_task, journal.append, metrics.count_judgement)
+    executor = Executor(catalog, recorder.expose)
+    router = Router(served, leaves, executor, shadows, judges, Recent(), recorder, metrics, database.signing_key())
+    decider = Decider(registry, Leadership(database, "experiments"), utc_now, metrics.count_decision, _SERVICE)
+    metrics.leader.set_function(lambda: decider.leads)
     dates = ShutdownDates(
         {name: backend.ask for name, backend in served.items() if backend.ask is not None},
         served.described,
@@ -141,6 +165,8 @@ def create_app(
             async with asyncio.TaskGroup() as group:
                 group.create_task(catalog.follow())
                 group.create_task(keep_accounts())
+                group.create_task(shipper.follow())
+                group.create_task(decider.follow())
                 group.create_task(dates.follow(lambda: catalog.snapshot))
         except Exception as error:
             on_fatal(error)
@@ -153,9 +179,10 @@ def create_app(
             try:
                 await asyncio.to_thread(spending.flush)
                 await shadows.flush()
-                if count % round(_HOUR_S / _ACCOUNTS_EVERY_S) == 0:
+                if count % round(_HOUR_S / _ACCOUNTS_EVERY_S) == 1:  # also of a service that is never up for an hour
                     watch.look(catalog.snapshot)
                     await shadows.forget(timedelta(days=settings.store.shadow_days), registry.delete_shadow_answers)
+                    await forget_older(timedelta(days=settings.ledger.retention_days), registry.forget, utc_now)
             except Exception:  # requests are answered all the same
                 log.exception("what requests left behind could not be written")
 
@@ -170,28 +197,34 @@ def create_app(
             await drain()
             # Reads that are under way end first, and the store may be away.
             await asyncio.to_thread(catalog.close)
+            await asyncio.to_thread(decider.close)
+            await asyncio.to_thread(shipper.close, _SHIP_WITHIN_S)
             await asyncio.to_thread(spending.close)
             await asyncio.to_thread(database.close)
 
     async def drain() -> None:
         """Let running requests end within the grace; those beyond it end in an error. The first step of stopping."""
         closing = [each.close(settings.server.drain_s) for each in served.engines.values()]
-        await asyncio.gather(shadows.close(), *closing)  # what shadows found is written while requests end
+        # What shadows and judges found is written while requests end.
+        await asyncio.gather(shadows.close(), judges.close(), *closing)
 
     def provide_router(catalog: NamedDependency[Catalog]) -> Router:
         """Provided after the catalog: what is provided at once, Litestar provides in a task each (50 us a request)."""
         return router
 
     return Litestar(
-        state=State({"drain": drain}),
+        state=State({"drain": drain, FORCE_KEY: _force_key(settings)}),
         route_handlers=[
             OpenAIController,
             create_response,
             TaskController,
             RouteController,
             list_routes,
+            ExperimentController,
             BackendController,
             GenerationController,
+            OutcomeController,
+            UnitController,
             PromptController,
             AliasController,
             list_bases,
@@ -207,6 +240,7 @@ def create_app(
             "registry": Provide(lambda: registry, sync_to_thread=False),
             "limits": Provide(lambda: limits, sync_to_thread=False),
             "metrics": Provide(lambda: metrics, sync_to_thread=False),
+            "journal": Provide(lambda: journal, sync_to_thread=False),
         },
         lifespan=[lifespan],
         before_request=require_content_type,
@@ -231,6 +265,22 @@ def create_app(
         logging_config=None,
         request_max_body_size=settings.server.max_body_bytes,
     )
+
+
+def _force_key(settings: Settings, environment: Mapping[str, str] = os.environ) -> bytes | None:
+    """The key of testers. Raises SettingsError where its variable is named and not set."""
+    name = settings.experiments.force_key_env
+    if name is None:
+        return None
+    if not environment.get(name):
+        raise SettingsError(f"experiments.force_key_env names {name}, which is not set; set it to the testers' key")
+    return environment[name].encode()
+
+
+def _captures(settings: Settings) -> dict[str, Capturing]:
+    return {
+        task: Capturing(each.sample, each.retention_days, each.redaction()) for task, each in settings.captures.items()
+    }
 
 
 def describe_backends(settings: Settings) -> list[BackendDescription]:

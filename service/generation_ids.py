@@ -6,7 +6,6 @@ import base64
 import binascii
 import hmac
 import json
-import secrets
 from dataclasses import dataclass
 
 import msgspec
@@ -19,13 +18,19 @@ _PREFIXES = ("chatcmpl-", "cmpl-", "resp_")
 
 @dataclass(frozen=True, slots=True)
 class GenerationTag:
-    """What an id says. `at_ms` is Unix time in milliseconds; `version` the first 16 digits of a digest, or empty."""
+    """What an id says. `at_ms` is Unix time in milliseconds; `version` the first 16 digits of a digest, or empty.
+
+    `request` is the generation's own name within the store. `experiment` is the one that outcomes count for, empty
+    where there is none or its arm was forced.
+    """
 
     task: str
     version: str
     arm: str
     unit_hash: str
     at_ms: int
+    request: str
+    experiment: str = ""
 
 
 def unit_hash(unit: str, key: bytes) -> str:
@@ -34,8 +39,9 @@ def unit_hash(unit: str, key: bytes) -> str:
 
 
 def sign(tag: GenerationTag, key: bytes) -> str:
-    """A new id for a generation: URL-safe, unique, unforgeable without the key."""
-    body = msgspec.json.encode([tag.task, tag.version, tag.arm, tag.unit_hash, tag.at_ms, secrets.token_hex(6)])
+    """The id of a generation: URL-safe, as unique as `tag.request` is, unforgeable without the key."""
+    said = [tag.task, tag.version, tag.arm, tag.unit_hash, tag.at_ms, tag.request]
+    body = msgspec.json.encode([*said, tag.experiment] if tag.experiment else said)
     return f"{_encode(body)}.{_encode(_mac(body, key))}"
 
 
@@ -53,8 +59,7 @@ def verify(generation_id: str, key: bytes) -> GenerationTag:
         body = _decode(encoded)
         if not hmac.compare_digest(_mac(body, key), _decode(mac)):
             raise ValueError
-        task, version, arm, unit, at_ms, _ = json.loads(body)
-        return GenerationTag(task, version, arm, unit, at_ms)
+        return GenerationTag(*json.loads(body))
     except (ValueError, binascii.Error, TypeError):
         raise UnknownGeneration(
             "this generation id was not signed by this service's store; send the id exactly as it was answered"

@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from service.engines.base import Engine
+from service.ledger.journal import JournalStats
 from service.routing.run import Step
 
 Instrument = TypeVar("Instrument", Counter, Histogram)
@@ -91,6 +92,21 @@ class Metrics:
             "softcue_shadow_agreement", "How far a shadow's answer agrees with the one that was given",
             ("task",), buckets=(0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0), registry=self.registry,
         )  # fmt: skip
+        self.leader = Gauge(
+            "softcue_leader", "Whether this replica decides on experiments for all of them", registry=self.registry
+        )
+        self.experiment_decisions = Counter(
+            "softcue_experiment_decisions", "What the rules of experiments decided, recommendations included",
+            ("experiment", "action"), registry=self.registry,
+        )  # fmt: skip
+        self.captures_failed = Counter(
+            "softcue_captures_failed", "Requests that were not captured because their redaction failed", ("task",),
+            registry=self.registry,
+        )  # fmt: skip
+        self.judgements = Counter(
+            "softcue_judgements", "Answers of experiments that were to be judged, by how that ended",
+            ("task", "outcome"), registry=self.registry,
+        )  # fmt: skip
         self.registry.register(_EngineCollector(engines))
 
     def labelled(self, instrument: Instrument, *labels: str) -> Instrument:
@@ -116,9 +132,21 @@ class Metrics:
         if agreement is not None:
             self.shadow_agreement.labels(task).observe(agreement)
 
+    def count_decision(self, experiment: str, action: str) -> None:
+        """The rules of an experiment decided something, and it was done or recommended."""
+        self.experiment_decisions.labels(experiment, action).inc()
+
+    def count_judgement(self, task: str, outcome: str) -> None:
+        """A judge's verdict was recorded, said nothing clear, failed or was left out."""
+        self.judgements.labels(task, outcome).inc()
+
     def watch_retirements(self, timestamps: Callable[[], Mapping[tuple[str, str, str], float]]) -> None:
         """Show when models go away, by task, version and backend, as it is known when metrics are scraped."""
         self.registry.register(_RetirementCollector(timestamps))
+
+    def watch_journal(self, stats: Callable[[], JournalStats]) -> None:
+        """Show what the journal holds, and what became of entries, as it is known when metrics are scraped."""
+        self.registry.register(_JournalCollector(stats))
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -139,6 +167,31 @@ class _RetirementCollector(Collector):
         for labels, at in self._timestamps().items():
             gauge.add_metric(labels, at)
         yield gauge
+
+
+class _JournalCollector(Collector):
+    """The journal's stats, read when they are scraped."""
+
+    def __init__(self, stats: Callable[[], JournalStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        entries = CounterMetricFamily("softcue_journal_entries", "Entries kept in the journal", labels=["kind"])
+        for kind, count in stats.entries.items():
+            entries.add_metric([kind], count)
+        yield entries
+        lost = CounterMetricFamily("softcue_journal_lost", "Entries that could not be kept", labels=["kind"])
+        for kind, count in stats.lost.items():
+            lost.add_metric([kind], count)
+        yield lost
+        yield CounterMetricFamily("softcue_journal_refused", "Entries that were set aside", value=stats.refused)
+        yield CounterMetricFamily(
+            "softcue_journal_damaged", "Places where the journal could not be read", value=stats.damaged
+        )
+        yield GaugeMetricFamily(
+            "softcue_journal_waiting_bytes", "Bytes that the store does not have yet", value=stats.waiting_bytes
+        )
 
 
 class _EngineCollector(Collector):

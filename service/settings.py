@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import importlib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -18,6 +19,8 @@ from pydantic import ConfigDict, Field, ValidationError
 from prompt_store.prompts.soft_prompt import MAX_HEADER_BYTES, MAX_SOFT_PROMPT_BYTES
 from service.engines.local.options import EngineOptions, Precision, Quantization
 from service.engines.remote.backend_settings import BackendName, BackendSettings
+
+_PATHS = (("store", "url"), ("store", "seed"), ("store", "backups"), ("journal", "folder"), ("base", "path"))
 
 
 class SettingsError(Exception):
@@ -83,16 +86,71 @@ class EngineSettings(_Section):
         return EngineOptions(**self.model_dump(exclude={"enabled", "max_waiting", "ready_timeout_s"}))
 
 
+class ExperimentSettings(_Section):
+    """`force_key_env` names the environment variable with the key of testers.
+
+    Whoever sends it as a bearer token may ask for an arm by the header x-softcue-arm, and is left out of analysis.
+    """
+
+    force_key_env: str | None = None
+
+
+class CaptureSettings(_Section):
+    """Keeps requests and answers of a task, for `softcue dataset export`: a share of them, for so many days.
+
+    `redact` is a function `module:name` of one's own, which is given each text and returns what may be kept of it.
+    """
+
+    sample: float = Field(1.0, gt=0, le=1)
+    retention_days: float = Field(30.0, gt=0)
+    redact: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+
+    def redaction(self) -> Callable[[str], str]:
+        """What is done to each text before it is kept. Raises SettingsError where the function cannot be had."""
+        if self.redact is None:
+            return str
+        module, _, name = self.redact.partition(":")
+        try:
+            found: Callable[[str], str] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise SettingsError(
+                f"the redaction {self.redact} cannot be loaded ({error}); make it a function of a module on PYTHONPATH"
+            ) from error
+        return found
+
+
+class JournalSettings(_Section):
+    """Where exposures, outcomes and the like wait until the store has them, and how much may wait there.
+
+    The folder is on a local disk; several processes on one machine may share it. By default it is beside a
+    SQLite store, and in .softcue/journals for one in PostgreSQL. Two stores never share one.
+    """
+
+    folder: Path | None = None
+    max_bytes: int = Field(1024**3, ge=1024**2)
+    segment_bytes: int = Field(4 * 1024**2, ge=4096)
+
+
+class LedgerSettings(_Section):
+    """For how many days the store keeps exposures, answers and outcomes; captures have a time of their own each."""
+
+    retention_days: float = Field(365.0, gt=0, le=36500)
+
+
 class Settings(_Section):
     """All of it. `backends` are `[backends.NAME]`, the remote ones; `retirements` are the dates on which providers take
-    models away, by the model's name or what it begins with."""
+    models away, by the model's name or what it begins with; `captures` are `[captures.TASK]`, none by default."""
 
     server: ServerSettings = ServerSettings()
     store: StoreSettings = StoreSettings()
+    journal: JournalSettings = JournalSettings()
+    ledger: LedgerSettings = LedgerSettings()
     base: BaseSettings = BaseSettings()
     engine: EngineSettings = EngineSettings()
     backends: dict[BackendName, BackendSettings] = Field(default_factory=dict)
     retirements: dict[str, datetime.date] = Field(default_factory=dict)
+    experiments: ExperimentSettings = ExperimentSettings()
+    captures: dict[str, CaptureSettings] = Field(default_factory=dict)
 
 
 def load_settings(
@@ -107,7 +165,7 @@ def load_settings(
     document: dict[str, dict[str, Any]] = {}
     if file is not None:
         document = _read(file)
-        for section, key in (("store", "url"), ("store", "seed"), ("store", "backups"), ("base", "path")):
+        for section, key in _PATHS:
             value = document.get(section, {}).get(key)
             if isinstance(value, str) and "://" not in value:
                 document[section][key] = str(file.parent / Path(value).expanduser())

@@ -7,6 +7,7 @@ the same; SOFTCUE_FUZZ_EXAMPLES=300 makes it long (see `make check-slow`).
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import httpx
@@ -24,6 +25,8 @@ from schemathesis.specs.openapi.checks import (
 
 from service.engines.base_model import BaseModel
 from service.engines.scripted import ScriptedEngine
+from service.generation_ids import GenerationTag, sign
+from tests.service.experiments.lived import prepare, started
 from tests.service.serving import filled, listening
 
 EXAMPLES = int(os.environ.get("SOFTCUE_FUZZ_EXAMPLES", "4"))
@@ -39,6 +42,10 @@ def test_no_request_makes_the_service_fail(
     location: str, base: BaseModel, names: str, mode: GenerationMode, subtests: pytest.Subtests
 ) -> None:
     store = filled(location, base)
+    prepare(store)
+    started(store.registry, name="local")
+    tag = GenerationTag("copy", "", "control", "5" * 16, round(time.time() * 1000), "5f-1", "local")
+    known_names = {**KNOWN, "generation": sign(tag, store.registry.database.signing_key())}
     with store.registry.database, listening(store, ScriptedEngine()) as url:
         schema = schemathesis.openapi.from_dict(httpx.get(f"{url}/schema/openapi.json").json())
         for operation in (result.ok() for result in schema.get_all_operations()):
@@ -53,7 +60,7 @@ def test_no_request_makes_the_service_fail(
             )
             @given(case=operation.as_strategy(generation_mode=mode))
             def answers_well(case: Case) -> None:
-                known: dict[str, Any] = {key: KNOWN[key] for key in case.path_parameters if key in KNOWN}
+                known: dict[str, Any] = {key: known_names[key] for key in case.path_parameters if key in known_names}
                 if names == "known names":
                     case.path_parameters |= known
                 case.call_and_validate(base_url=url, checks=CHECKS, timeout=30)

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from prompt_store import errors as store
 from service.api import errors as api
 from service.engines import errors as engine
+from service.ledger.journal import JournalUnavailable
 from service.routing import errors as routing
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     store.InvalidArtifact: (400, INVALID, "invalid_artifact"),
     store.DamagedArtifact: (503, UNAVAILABLE, "damaged_version"),
     store.BaseMismatch: (400, INVALID, "base_mismatch"),
+    store.UnknownExperiment: (404, INVALID, "experiment_not_found"),
+    store.InvalidExperiment: (400, INVALID, "invalid_experiment"),
+    store.InvalidOutcome: (400, INVALID, "invalid_outcome"),
     store.InvalidRoute: (400, INVALID, "invalid_route"),
     store.Conflict: (409, INVALID, "conflict"),
     store.InUse: (409, INVALID, "version_in_use"),
@@ -78,6 +82,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     routing.ModelRetired: (404, INVALID, "model_retired"),
     routing.CostCeilingReached: (429, RATE_LIMIT, "cost_ceiling_reached"),
     routing.UnknownGeneration: (404, INVALID, "generation_not_found"),
+    JournalUnavailable: (503, UNAVAILABLE, "journal_unavailable"),
     api.ApiError: (500, UNAVAILABLE, "internal_error"),
     api.BodyTooLarge: (413, INVALID, "body_too_large"),
     api.InvalidBody: (400, INVALID, "invalid_body"),
@@ -85,6 +90,8 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     api.InvalidCondition: (400, INVALID, "invalid_condition"),
     api.PreconditionRequired: (428, INVALID, "precondition_required"),
     api.PreconditionFailed: (412, INVALID, "precondition_failed"),
+    api.Forbidden: (403, INVALID, "forbidden"),
+    api.InvalidOutcomes: (400, INVALID, "invalid_outcome"),
     api.UnknownBackend: (404, INVALID, "backend_not_found"),
     api.UnknownReplica: (404, INVALID, "replica_not_found"),
 }
@@ -110,6 +117,7 @@ _CODES = {413: "body_too_large", 415: "unsupported_media_type", 405: "method_not
 
 _MEANINGS: dict[int, str] = {
     400: "The request is at fault",
+    403: "The key that came with it does not allow that",
     404: "Nothing has that name",
     409: "It contradicts what is there: another base model, or something that is in use",
     412: "It is not what the request expected",
@@ -120,7 +128,7 @@ _MEANINGS: dict[int, str] = {
     429: "Too many requests wait, or the task has cost its day's ceiling; see retry-after",
     500: "The service failed",
     502: "A provider behind the task's backend failed or gave no answer that can be read",
-    503: "Engine or store is away; send the request again",
+    503: "Engine, store or journal is away; send the request again",
     504: "The request's own deadline passed",
 }
 

@@ -1,7 +1,7 @@
 """Conditional requests: what If-Match and If-None-Match expect, and the refusals that come of them.
 
-An alias's ETag is the digest of the version that it points at, in quotes; a route's the number of its revision, 0 where
-none was applied.
+An alias's ETag is the digest of the version that it points at, in quotes; a route's or an experiment's the number of
+its revision, 0 where no route was applied.
 """
 
 from __future__ import annotations
@@ -82,6 +82,26 @@ def expected_revision(if_match: str | None, if_none_match: str | None = None) ->
     return int(tag[1])
 
 
+def expected_experiment(if_match: str | None) -> int | None:
+    """The revision that If-Match expects an experiment at, None for whichever it is.
+
+    Raises PreconditionRequired without it, InvalidCondition for what no experiment can have.
+    """
+    if if_match is None:
+        raise PreconditionRequired(
+            "an experiment is changed only by somebody who knows how it stands; send If-Match with the ETag that GET "
+            "gave for it, or If-Match: * for however it does"
+        )
+    if if_match.strip() == "*":
+        return None
+    tag = _NUMBER.fullmatch(if_match.strip())
+    if tag is None:
+        raise InvalidCondition(
+            "If-Match is not an experiment's ETag; send the one that GET gave for it, quotes included, or *"
+        )
+    return int(tag[1])
+
+
 def _require_none(if_match: str | None, if_none_match: str, what: str) -> None:
     if if_match is not None:
         raise InvalidCondition("If-Match and If-None-Match contradict each other here; send one of them")
@@ -90,7 +110,7 @@ def _require_none(if_match: str | None, if_none_match: str, what: str) -> None:
 
 
 def compared_with_revision(expected: int | None) -> AbstractContextManager[None]:
-    """As `compared_with`, for a route."""
+    """As `compared_with`, for a route or an experiment."""
     return compared_with(UNSET if expected is None else str(expected))
 
 

@@ -5,8 +5,10 @@ ApiError
 ├── InvalidBody             not what its content type promises; .parameter names the field
 ├── UnknownParameter        a query parameter that the handler does not take; .parameter names it
 ├── InvalidCondition        If-Match or If-None-Match that nothing here can have
-├── PreconditionRequired    an alias or a route changed by somebody who does not say what he expects
-├── PreconditionFailed      an alias or a route that is not what was expected
+├── PreconditionRequired    an alias, a route or an experiment changed by somebody who does not say what he expects
+├── PreconditionFailed      an alias, a route or an experiment that is not what was expected
+├── Forbidden               what the caller's key does not allow
+├── InvalidOutcomes         outcomes of which none was taken, as something is wrong; .parameter is the first place
 ├── UnknownBackend          a backend that this service does not have
 └── UnknownReplica          an address that a backend does not have
 """
@@ -44,6 +46,16 @@ class PreconditionRequired(ApiError):
 
 class PreconditionFailed(ApiError):
     pass
+
+
+class Forbidden(ApiError):
+    pass
+
+
+class InvalidOutcomes(ApiError):
+    def __init__(self, message: str, parameter: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 class UnknownBackend(ApiError):

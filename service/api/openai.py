@@ -115,7 +115,7 @@ async def _answer(
     asked: Sequence[GenerationRequest],
     shape_of: type[Shape],
 ) -> Response[Any]:
-    caller = caller_of(request, body.unit_key)
+    caller = caller_of(request, body.unit_key, body.attributes)
     sampling = body.sampling()
     questions = [Question(each, sampling) for each in asked]
     async with while_connected(request):

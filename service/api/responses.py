@@ -40,7 +40,7 @@ async def create_response(
         deadline_s=data.timeout_s,
         stream=bool(data.stream),
     )
-    caller, question = caller_of(request, data.unit_key), Question(asked, data.sampling())
+    caller, question = caller_of(request, data.unit_key, data.attributes), Question(asked, data.sampling())
     async with while_connected(request):
         batch = await router.generate_each(plan, caller, [question])
         answers = None if data.stream else await batch.whole()

@@ -149,7 +149,12 @@ class ResponseBody(_Body):
     @property
     def unit_key(self) -> str | None:
         """Whom the request is for, where the body says so."""
-        return self.unit or self.safety_identifier or self.user
+        return self.unit or self.attributes.get("unit") or self.safety_identifier or self.user
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """What experiments may choose by: the request's metadata, as far as it is text."""
+        return {name: value for name, value in (self.metadata or {}).items() if isinstance(value, str)}
 
     @property
     def alternatives(self) -> int | None:

@@ -37,6 +37,8 @@ Measure = Annotated[str, AfterValidator(check_measure)]
 class GenerateBody(SamplingBody):
     """Inputs by field name; `version` is an alias, `v7` or a digest, the task's route decides when it is left out.
 
+    `unit` is whom the request is for (a user, session, ticket): it sees one arm of each experiment. `attributes` are
+    what experiments choose requests by.
     An extract task's answer is held to the task's schema while it is made, as far as a grammar can say it, unless
     `constrained` is false; it is checked against all of it in any case. `confidence` names measures that are wanted
     beside the answer, as a cascade's route names them.
@@ -45,6 +47,7 @@ class GenerateBody(SamplingBody):
     inputs: dict[str, str]
     version: str | None = None
     unit: str | None = None
+    attributes: dict[str, str] = Field(default_factory=dict)
     stream: bool = False
     constrained: bool = True
     confidence: tuple[Measure, ...] = ()
@@ -62,6 +65,7 @@ class ClassifyBody(BaseModel):
     inputs: dict[str, str]
     version: str | None = None
     unit: str | None = None
+    attributes: dict[str, str] = Field(default_factory=dict)
     normalise: Normalise = "none"
     calibrate: bool = False
     confidence: tuple[Measure, ...] = ()
@@ -106,7 +110,7 @@ class TaskController(Controller):
             stream=data.stream,
         )
         question = Question(asked, data.sampling(), data.inputs, data.constrained)
-        plan, caller = _plan(catalog, task, data.version), caller_of(request, data.unit)
+        plan, caller = _plan(catalog, task, data.version), caller_of(request, data.unit, data.attributes)
         async with while_connected(request):
             generation = await router.generate(plan, caller, question)
             answers = None if data.stream else await generation.whole(data.choices)
@@ -125,7 +129,7 @@ class TaskController(Controller):
         router: NamedDependency[Router],
     ) -> Response[dict[str, Any]]:
         """Every label of the task with its probability, the most probable first."""
-        plan, caller = _plan(catalog, task, data.version), caller_of(request, data.unit)
+        plan, caller = _plan(catalog, task, data.version), caller_of(request, data.unit, data.attributes)
         question = LabelQuestion(data.inputs, data.normalise, data.calibrate)
         async with while_connected(request):
             given = await router.classify(plan, caller, question, deadline_s=data.timeout_s)

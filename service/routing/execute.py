@@ -9,11 +9,16 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar, assert_never
 
 from prompt_store.errors import InvalidInputs
+from prompt_store.experiments.allocations import initial
+from prompt_store.experiments.records import NumberedAllocation
+from prompt_store.prompts.registry import TaskSnapshot
 from prompt_store.prompts.version import Vote
 from prompt_store.routing.routes import (
+    Arm,
     CascadeRoute,
     DirectRoute,
     EnsembleRoute,
@@ -21,12 +26,13 @@ from prompt_store.routing.routes import (
     Route,
     ShadowRoute,
     SplitRoute,
+    leaves,
 )
 from service.catalog import Catalog
 from service.engines.collecting import all_or_none
 from service.engines.deadlines import left_s
 from service.engines.errors import EngineError, InvalidRequest, RequestError
-from service.experiments.assignment import assign
+from service.experiments.assignment import Assigned, assign
 from service.routing.errors import WrongTaskKind
 from service.routing.plan import Target
 from service.routing.run import Failure, Run, Step, Turn, within
@@ -34,6 +40,17 @@ from service.routing.run import Failure, Run, Step, Turn, within
 # Of all failures those that no other leaf would answer differently: the caller must change the request. Inputs are not
 # among them: the version of another leaf may be of a revision of the task that has these.
 _FOR_THE_CALLER = (InvalidRequest, WrongTaskKind)
+
+
+@dataclass(frozen=True, slots=True)
+class Exposed:
+    """What a run is to an experiment, by the `allocation` of a number; `version` is what the arm's first leaf names."""
+
+    experiment: str
+    allocation: int
+    assigned: Assigned
+    version: str
+    forced: bool
 
 
 class Asked(Protocol):
@@ -82,10 +99,16 @@ class Work(Protocol[T]):
 
 
 class Executor:
-    """Walks routes. `draw` gives numbers in [0, 1) for samples."""
+    """Walks routes. `expose` is told what a run is to a running experiment before any engine is asked.
 
-    def __init__(self, catalog: Catalog, draw: Callable[[], float] = random.random) -> None:
+    `draw` gives numbers in [0, 1) for samples.
+    """
+
+    def __init__(
+        self, catalog: Catalog, expose: Callable[[Run, Exposed], object], draw: Callable[[], float] = random.random
+    ) -> None:
         self._catalog = catalog
+        self._expose = expose
         self._draw = draw
 
     async def begin(self, run: Run, work: Work[T]) -> T:
@@ -101,8 +124,7 @@ class Executor:
             case DirectRoute():
                 return await self._direct(run, route, work, place, turn)
             case SplitRoute():
-                arm = route.arms[assign(route.experiment, run.unit, [arm.weight for arm in route.arms])]
-                run.arm = arm.name
+                arm = self._arm(run, route)
                 return await self.follow(run, arm.route, work, f"{place}.arms[{arm.name}]", turn)
             case FallbackRoute():
                 return await self._fallback(run, route, work, place, turn)
@@ -117,6 +139,40 @@ class Executor:
                 return await self._ensemble(run, route, work, place, turn)
             case _:
                 assert_never(route)
+
+    def _arm(self, run: Run, split: SplitRoute) -> Arm:
+        """The arm whose route answers; the run is told which it counts for."""
+        task = run.plan.task
+        assert task is not None
+        arms = {arm.name: arm for arm in split.arms}
+        placed = task.allocations.get(split.experiment)
+        if placed is None or placed.allocation.weights.keys() != arms.keys():
+            placed = NumberedAllocation(0, initial({arm.name: arm.weight for arm in split.arms}))
+        experiment = task.experiments.get(split.experiment)
+        if experiment is not None and experiment.control not in arms:
+            experiment = None  # the split was changed by code that knows no experiments
+        forced = run.caller.arm in arms
+        if forced:
+            counts = experiment is not None
+            assigned = Assigned(run.caller.arm, run.caller.arm, placed.allocation.weights[run.caller.arm], counts)
+        else:
+            assigned = assign(split.experiment, placed.allocation, run.unit, experiment, run.caller.attributes)
+        if not run.experiment:  # a split within an experiment's arm says nothing of the experiment
+            run.arm = assigned.arm
+        if assigned.exposed and run.counted:
+            if not forced:
+                run.experiment = split.experiment
+            version = self._first_version(task, arms[assigned.served].route)
+            self._expose(run, Exposed(split.experiment, placed.number, assigned, version, forced))
+        return arms[assigned.served]
+
+    def _first_version(self, task: TaskSnapshot, route: Route) -> str:
+        """The digest of the version that a route's first leaf names; empty where it names none that there is."""
+        try:
+            version = self._catalog.target(task, next(leaves(route))[1]).version
+        except Failure:  # which whoever is answered by it is told
+            return ""
+        return version.digest if version is not None else ""
 
     async def _direct(self, run: Run, route: DirectRoute, work: Work[T], place: str, turn: Turn) -> T:
         assert run.plan.task is not None

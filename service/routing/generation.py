@@ -60,7 +60,8 @@ class Generation:
                     if isinstance(event, Delta):
                         made += len(event.token_ids)
                         self.record.first_token()
-                        if self.run.shadows and event.index == 0:
+                        self.run.refused |= bool(event.refusal)
+                        if event.index == 0 and (self.run.listened or self.run.shadows):
                             self.run.said.append(event.text)
                     elif isinstance(event, Finish):
                         outcome, usage = event.reason, event.usage

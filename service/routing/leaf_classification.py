@@ -113,7 +113,7 @@ class ClassifyWork:
     def __init__(self, leaves: Leaves, priors: Priors, question: LabelQuestion, principal: Principal) -> None:
         self._leaves = leaves
         self._priors = priors
-        self._question = question
+        self.question = question
         self._principal = principal
 
     async def ask(self, run: Run, target: Target, step: Step, turn: Turn) -> Classified:
@@ -171,7 +171,7 @@ class ClassifyWork:
         leaf = self._leaves.open(run, target)
         request = ScoreRequest(
             f"{run.id}/{len(run.steps)}",
-            task_prompt(target, self._question.inputs),
+            task_prompt(target, self.question.inputs),
             task.labels,
             remote_model=remote_model(target),
             principal=self._principal,
@@ -188,12 +188,12 @@ class ClassifyWork:
         paid(usage)
         choice_only = any(member.choice_only for member in members)
         priors: Sequence[Scores | None] = [None] * len(members)
-        if self._question.calibrate and not choice_only:
+        if self.question.calibrate and not choice_only:
             free = await self._priors.of(leaf, request, paid)
             # A provider that told its choice alone there has said nothing to divide by.
             priors = priors if any(prior.choice_only for prior in free) else free
         values = [
-            label_log_probabilities(member, self._question.normalise, prior)
+            label_log_probabilities(member, self.question.normalise, prior)
             for member, prior in zip(members, priors, strict=True)
         ]
         elected = ensemble.elect_label(values, leaf.vote or "mean_logprob")

@@ -51,7 +51,7 @@ class GenerateWork:
         self, leaves: Leaves, question: Question, principal: Principal, *, with_logprobs: bool = False
     ) -> None:
         self._leaves = leaves
-        self._question = question
+        self.question = question
         self._principal = principal
         self._with_logprobs = with_logprobs
 
@@ -59,10 +59,10 @@ class GenerateWork:
         """The generation of a leaf once its first event has come; whole, where its answer must be checked first."""
         leaf = self._leaves.open(run, target)
         capabilities = leaf.backend.engine.capabilities()
-        logprobs = self._question.request.logprobs
+        logprobs = self.question.request.logprobs
         if self._with_logprobs and logprobs is None and "logprobs" in capabilities.features:
             logprobs = 0
-        request = self._question.request_for(
+        request = self.question.request_for(
             target,
             capabilities,
             id=f"{run.id}/{len(run.steps)}",
@@ -74,7 +74,7 @@ class GenerateWork:
             begin_s=for_an_engine(turn.until) if turn.until != run.ends_at else None,
             another_follows=turn.another_follows,
         )
-        checked = self._question.constrained and "follow_up" in capabilities.features
+        checked = self.question.constrained and "follow_up" in capabilities.features
         if checked and extract_task(target) is not None and request.n == 1:
             run.held_back = True
             return await self._checked(run, leaf, request, step, turn.until)
@@ -88,13 +88,13 @@ class GenerateWork:
         return self._held(answer.target, answer.step, seen)
 
     def measured(self) -> GenerateWork:
-        return GenerateWork(self._leaves, self._question, self._principal, with_logprobs=True)
+        return GenerateWork(self._leaves, self.question, self._principal, with_logprobs=True)
 
     def voting(self) -> GenerateWork:
         """Raises UnsupportedFeature for more than one choice: the members' answers are what is chosen from."""
-        if self._question.request.n != 1:
+        if self.question.request.n != 1:
             raise UnsupportedFeature(
-                f"n is {self._question.request.n}, but an ensemble gives one answer; leave n out", parameter="n"
+                f"n is {self.question.request.n}, but an ensemble gives one answer; leave n out", parameter="n"
             )
         return self.measured()
 
@@ -193,7 +193,7 @@ class GenerateWork:
 
     def _held(self, target: Target, step: Step, events: Sequence[GenerationEvent]) -> Begun:
         """Whole, with the log-probabilities that it was measured by; the caller sees those that he asked for."""
-        asked = self._question.request
+        asked = self.question.request
         replay = _replay(events, with_logprobs=asked.logprobs is not None)
         return Begun(target, step, replay, assemble(events, asked.n))
 

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from prompt_store.prompts.registry import TaskRevision, TaskSnapshot
 from prompt_store.prompts.version import PromptVersion
-from prompt_store.routing.routes import DirectRoute, Route
+from prompt_store.routing.routes import DirectRoute, Route, SplitRoute, inner_routes
+from service.engines.errors import InvalidRequest
+
+ARM_HEADER = "x-softcue-arm"
 
 _DIRECT = DirectRoute()
 
@@ -46,3 +49,17 @@ class Plan:
     def name(self) -> str:
         """The task's name; empty for the bare base and for a provider's model."""
         return self.task.name if self.task is not None else ""
+
+
+def require_arm(plan: Plan, arm: str) -> None:
+    """Raises InvalidRequest where no split that the plan may come to has such an arm."""
+    pending = [plan.route] if plan.target is None else []
+    arms: list[str] = []
+    while pending:
+        route = pending.pop()
+        if isinstance(route, SplitRoute):
+            arms += [each.name for each in route.arms]
+        pending += [inner for _, inner in inner_routes(route)]
+    if arm not in arms:
+        known = f"it has {', '.join(sorted(set(arms)))}" if arms else "it comes to no split"
+        raise InvalidRequest(f"there is no arm {arm!r} on the way of this request: {known}; leave {ARM_HEADER} out")

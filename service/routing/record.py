@@ -10,23 +10,13 @@ from typing import Any
 
 import msgspec
 
-from prompt_store.access import Principal
 from service.engines.base import Usage
-from service.generation_ids import GenerationTag, sign, unit_hash
+from service.generation_ids import GenerationTag, sign
 from service.metrics import Labels, Metrics
 from service.routing.plan import Target
 from service.routing.run import Run, Step
 
 log = logging.getLogger("softcue.requests")
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks, for whom, and since when (`time.perf_counter` seconds)."""
-
-    principal: Principal
-    unit: str
-    started_s: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(slots=True)
@@ -36,7 +26,6 @@ class Record:
     Its id is there once it is known who answers, or that nobody does.
     """
 
-    caller: Caller
     run: Run
     metrics: Metrics
     signing_key: bytes
@@ -45,7 +34,11 @@ class Record:
     id: str = ""
     labels: Labels = field(init=False)
     created_s: int = field(init=False)
-    _first_token_s: float | None = None
+    target: Target | None = None
+    first_token_s: float | None = None
+    elapsed_s: float = 0.0
+    usage: Usage | None = None
+    completion_tokens: int = 0
     _ended: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +47,7 @@ class Record:
 
     def answered_by(self, target: Target | None) -> None:
         """It is known who answers, or who was asked last in vain; the id says so from now on."""
+        self.target = target
         version = target.version if target is not None else None
         self.labels = Labels(
             task=self.run.plan.name,
@@ -65,32 +59,36 @@ class Record:
             self.labels.task,
             version.digest[:16] if version is not None else "",
             self.run.arm,
-            unit_hash(self.caller.unit, self.signing_key),
+            self.run.unit_hash,
             int(time.time() * 1000),
+            self.run.id,
+            self.run.experiment,
         )
         self.id = sign(tag, self.signing_key)
 
     def first_token(self) -> None:
         """Note the time of the first token; later calls change nothing, nor does one that comes with all others."""
-        if self._first_token_s is None and self.streamed_choices:
-            self._first_token_s = time.perf_counter() - self.caller.started_s
+        if self.first_token_s is None and self.streamed_choices:
+            self.first_token_s = time.perf_counter() - self.run.caller.started_s
 
     def end(self, outcome: str, usage: Usage | None, completion_tokens: int = 0) -> None:
         """Write the request down; later calls change nothing. Without usage, so many tokens had been made."""
         if self._ended:
             return
         self._ended = True
-        elapsed_s = time.perf_counter() - self.caller.started_s
+        self.elapsed_s = elapsed_s = time.perf_counter() - self.run.caller.started_s
+        self.usage = usage
         metrics, labels = self.metrics, self.labels.values()
         metrics.labelled(metrics.requests, *labels, outcome).inc()
         metrics.labelled(metrics.duration, *labels).observe(elapsed_s)
         if usage is not None:
             metrics.labelled(metrics.prompt_tokens, *labels).inc(usage.prompt_tokens)
             completion_tokens = usage.completion_tokens
-        if self._first_token_s is not None:
-            metrics.labelled(metrics.time_to_first_token, *labels).observe(self._first_token_s)
+        self.completion_tokens = completion_tokens
+        if self.first_token_s is not None:
+            metrics.labelled(metrics.time_to_first_token, *labels).observe(self.first_token_s)
             if (later := completion_tokens / self.streamed_choices - 1) > 0:
-                per_token_s = (elapsed_s - self._first_token_s) / later
+                per_token_s = (elapsed_s - self.first_token_s) / later
                 metrics.labelled(metrics.time_per_output_token, *labels).observe(per_token_s)
         metrics.labelled(metrics.completion_tokens, *labels).inc(completion_tokens)
         line: dict[str, Any] = {
@@ -99,7 +97,7 @@ class Record:
             "arm": self.labels.arm,
             "version": self.labels.version,
             "backend": self.labels.backend,
-            "principal": self.caller.principal.name,
+            "principal": self.run.caller.principal.name,
             "outcome": outcome,
             "prompt_tokens": usage.prompt_tokens if usage else None,
             "completion_tokens": completion_tokens,

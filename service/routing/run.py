@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from prompt_store.access import Principal
 from prompt_store.errors import StoreError
 from prompt_store.routing.routes import Route
 from service.engines.deadlines import left_s
@@ -111,23 +112,47 @@ class Step:
         return known
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, for whom, and since when (`time.perf_counter` seconds).
+
+    Without a `unit`, each of its requests is one of its own. Experiments choose requests by their `attributes`; `arm`
+    is asked for instead of drawn.
+    """
+
+    principal: Principal
+    unit: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    arm: str = ""
+    started_s: float = field(default_factory=time.perf_counter)
+
+
 @dataclass(slots=True)
 class Run:
     """A request under way. `ends_at` is by `time.monotonic`, None where it may take as long as it takes.
 
+    `arm` is that of the last split on its way, `experiment` the one that it counts for, if any; one that is not
+    `counted` is of the service's own.
     `held_back` says that an answer waited until it was accepted before any of it was sent. `shadows` are routes that
-    are to be asked the same once the answer has ended, and `said` is its text then.
+    are to be asked the same once the answer has ended. Its text is `said` then, where it is `listened` to.
     """
 
     id: str
     plan: Plan
+    caller: Caller
     unit: str
+    unit_hash: str
     ends_at: float | None = None
+    counted: bool = True
     arm: str = ""
+    experiment: str = ""
     held_back: bool = False
     steps: list[Step] = field(default_factory=list)
     shadows: list[tuple[Route, str]] = field(default_factory=list)
+    captured: bool = False
+    listened: bool = False
     said: list[str] = field(default_factory=list)
+    refused: bool = False
 
     @property
     def last_target(self) -> Target | None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from prompt_store.errors import StoreError
 from prompt_store.prompts.task import Task
 from prompt_store.routing.shadows import ShadowAnswer
+from service.routing.background import Background
 from service.routing.plan import Target
 from service.routing.run import Step
 
@@ -54,20 +55,24 @@ class Shadows:
     ) -> None:
         self._write = write
         self._count = count
-        self._at_once = at_once
-        self._closed = False
-        self._running: set[asyncio.Task[None]] = set()
+        self._background = Background(at_once)
         self._found: list[ShadowAnswer] = []
 
-    def start(self, generation_id: str, place: str, task: Task, primary: Said, ask: Coroutine[Any, Any, Said]) -> None:
+    def start(
+        self,
+        generation_id: str,
+        unit_hash: str,
+        place: str,
+        task: Task,
+        primary: Said,
+        ask: Coroutine[Any, Any, Said],
+    ) -> None:
         """Ask in the background and hold the answer against the primary's. Returns at once."""
-        if self._closed or len(self._running) >= self._at_once:
+        if self._background.has_room():
+            self._background.start(self._compare(generation_id, unit_hash, place, task, primary, ask))
+        else:
             ask.close()
             self._count(task.name, "left_out", None)
-            return
-        running = asyncio.create_task(self._compare(generation_id, place, task, primary, ask))
-        self._running.add(running)
-        running.add_done_callback(self._running.discard)
 
     async def flush(self) -> None:
         """Write what was found. What cannot be written now is kept for the next time; of too many, the newest."""
@@ -91,15 +96,17 @@ class Shadows:
 
     async def close(self) -> None:
         """End those that are under way, write what was found, and begin no others."""
-        self._closed = True
-        running = list(self._running)
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await self._background.close()
         await self.flush()
 
     async def _compare(
-        self, generation_id: str, place: str, task: Task, primary: Said, ask: Coroutine[Any, Any, Said]
+        self,
+        generation_id: str,
+        unit_hash: str,
+        place: str,
+        task: Task,
+        primary: Said,
+        ask: Coroutine[Any, Any, Said],
     ) -> None:
         try:
             shadow = await ask
@@ -112,10 +119,17 @@ class Shadows:
             return
         agreed = None if shadow.text is None else agreement(task, primary.text or "", shadow.text)
         self._count(task.name, "failed" if shadow.text is None else "answered", agreed)
-        self._keep(generation_id, place, task, primary, shadow, agreed)
+        self._keep(generation_id, unit_hash, place, task, primary, shadow, agreed)
 
     def _keep(
-        self, generation_id: str, place: str, task: Task, primary: Said, shadow: Said, agreed: float | None
+        self,
+        generation_id: str,
+        unit_hash: str,
+        place: str,
+        task: Task,
+        primary: Said,
+        shadow: Said,
+        agreed: float | None,
     ) -> None:
         answered, asked = primary.step, shadow.step
         if len(self._found) >= _KEPT:
@@ -138,6 +152,7 @@ class Shadows:
                 shadow_error=shadow.error,
                 shadow_ms=asked.seconds * 1000,
                 agreement=agreed,
+                unit_hash=unit_hash,
             )
         )
 

@@ -8,19 +8,20 @@ from service.generation_ids import GenerationTag, sign, unit_hash, verify
 from service.routing.errors import UnknownGeneration
 
 KEY = b"k" * 32
-TAG = GenerationTag("support_intents", "ab" * 8, "b", unit_hash("user 7", KEY), 1_795_000_000_000)
+TAG = GenerationTag("support_intents", "ab" * 8, "b", unit_hash("user 7", KEY), 1_795_000_000_000, "5f-1", "tone")
 
 
 def test_an_id_says_what_the_generation_was_with_or_without_openais_prefix() -> None:
     generation = sign(TAG, KEY)
     assert verify(generation, KEY) == verify(f"chatcmpl-{generation}", KEY) == TAG
-    assert sign(TAG, KEY) != generation
 
 
 def test_an_id_that_an_earlier_release_signed_verifies() -> None:
     """Bodies then wrote what is not ASCII as escapes."""
     body = "WyJhIiwiIiwiclx1MDBmY2Nrd2VnIiwiYmU4ODMzNjE2N2NiNzJlNCIsMSwiMDEyMzQ1Njc4OWFiIl0"
-    assert verify(f"{body}.MIdgYc0tgxC8FVZe", KEY) == GenerationTag("a", "", "rückweg", unit_hash("", KEY), 1)
+    assert verify(f"{body}.MIdgYc0tgxC8FVZe", KEY) == GenerationTag(
+        "a", "", "rückweg", unit_hash("", KEY), 1, "0123456789ab"
+    )
 
 
 def test_another_key_does_not_verify() -> None:

@@ -10,6 +10,7 @@ from prompt_store.errors import StoreError
 from service.api.answers import STATUS, EventStream, describe
 from service.api.errors import ApiError
 from service.engines.errors import EngineError, GenerationFailed, QueueFull
+from service.ledger.journal import JournalUnavailable
 from service.routing.errors import RoutingError
 
 
@@ -22,7 +23,7 @@ def every(error: type[Exception]) -> Iterator[type[Exception]]:
 def test_every_error_of_ours_has_a_status() -> None:
     ours = {
         error
-        for tree in (StoreError, EngineError, RoutingError, ApiError)
+        for tree in (StoreError, EngineError, RoutingError, JournalUnavailable, ApiError)
         for error in every(tree)
         if error.__module__.split(".")[0] in ("prompt_store", "service")
     }

@@ -16,6 +16,7 @@ from prompt_store.access import ANONYMOUS
 from service.engines.base import Delta, Finish, GenerationEvent, GenerationRequest, RawText, ScoreRequest, Scores, Usage
 from service.engines.errors import EngineError, GenerationFailed
 from service.engines.scripted import ScriptedEngine
+from service.generation_ids import unit_hash
 from service.routing.backends import Backend
 from service.routing.leaf_generation import Begun
 from service.routing.plan import Target
@@ -296,10 +297,11 @@ async def test_versions_of_revisions_with_other_labels_vote_by_name(store: Store
 async def test_a_shadow_is_compared_with_the_first_of_several_answers(store: Store) -> None:
     apply(store, "copy", {"kind": "shadow", "primary": LOCAL, "shadow": V2})
     async with serving(store, ScriptedEngine(says("the", " same")), Provider(says("the", " same"))) as client:
-        assert (await ask(client, n=2)).status_code == 200
+        assert (await ask(client, n=2, unit="user 7")).status_code == 200
         await counted(client, 'softcue_shadow_answers_total{outcome="answered",task="copy"} 1.0')
     (kept,) = store.registry.shadow_answers("copy")
     assert (kept.primary_text, kept.shadow_text, kept.agreement) == ("the same", "the same", 1.0)
+    assert kept.unit_hash == unit_hash("user 7", store.registry.database.signing_key())
 
 
 async def test_a_shadow_that_fails_is_counted_with_who_failed(store: Store) -> None:

@@ -40,7 +40,7 @@ async def test_a_shadow_that_ends_makes_room_for_another() -> None:
         return Said("there", STEP)
 
     def start(number: int) -> None:
-        shadows.start(f"g{number}", "route", TASK, Said("here", STEP), ask())
+        shadows.start(f"g{number}", "unit", "route", TASK, Said("here", STEP), ask())
 
     start(1)
     start(2)
@@ -67,7 +67,7 @@ async def test_closing_ends_what_hangs_writes_what_was_found_and_begins_no_other
         return Said("there", STEP)
 
     def start(number: int, wait: bool) -> None:
-        shadows.start(f"g{number}", "route", TASK, Said("here", STEP), ask(wait))
+        shadows.start(f"g{number}", "unit", "route", TASK, Said("here", STEP), ask(wait))
 
     for number in range(3):
         start(number, wait=number > 0)

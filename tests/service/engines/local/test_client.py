@@ -333,7 +333,7 @@ async def test_a_killed_engine_fails_what_was_in_flight_once_and_is_replaced(bas
 
 async def test_the_process_that_supervises_the_engine_imports_no_torch() -> None:
     code = (
-        "import sys, service.app, service.commands, prompt_store.commands\n"
+        "import sys, service.app, service.commands.experiments, service.commands.serving, prompt_store.commands\n"
         "print([m for m in ('torch', 'transformers', 'openai') if m in sys.modules])"
     )
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)

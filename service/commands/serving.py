@@ -1,4 +1,4 @@
-"""`softcue serve`."""
+"""`softcue serve` and `softcue register-base`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""`softcue serve`, `softcue register-base`, `softcue experiments ...`: the service on the command line."""
