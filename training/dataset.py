@@ -117,7 +117,7 @@ def read_examples(file: Path, task: Task, findings: Findings) -> list[Example]:
         raise DatasetError(f"{file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DatasetError(f"{file} is not UTF-8: {error}; save it as UTF-8") from error
-    validator = Draft202012Validator(task.json_schema) if task.json_schema is not None else None
+    validator = schema_validator(task)
     seen: dict[tuple[str, str], str] = {}
     answers: dict[str, tuple[str, str]] = {}
     rows: list[Example] = []
@@ -167,7 +167,17 @@ def _parse(line: str, place: str, task: Task, validator: Draft202012Validator | 
         return f"not JSON: {error}"
     if not isinstance(row, dict) or set(row) != {"inputs", "answer"}:
         return 'not of the form {"inputs": {...}, "answer": "..."}'
-    inputs, answer = row["inputs"], row["answer"]
+    reason = why_unusable(row["inputs"], row["answer"], task, validator)
+    return Example(row["inputs"], row["answer"], place) if reason is None else reason
+
+
+def schema_validator(task: Task) -> Draft202012Validator | None:
+    """What answers of an extract task are held against."""
+    return Draft202012Validator(task.json_schema) if task.json_schema is not None else None
+
+
+def why_unusable(inputs: Any, answer: Any, task: Task, validator: Draft202012Validator | None) -> str | None:
+    """Why the task cannot take a row, None where it can; `validator` is its `schema_validator`."""
     if not isinstance(answer, str) or not answer.strip():
         return "answer is not a text, or empty"
     if not isinstance(inputs, dict) or not all(isinstance(value, str) for value in inputs.values()):
@@ -185,7 +195,7 @@ def _parse(line: str, place: str, task: Task, validator: Draft202012Validator | 
             return f"answer is not JSON: {error}"
         if problem is not None:
             return f"answer does not fit the task's schema: {problem.message}"
-    return Example(inputs, answer, place)
+    return None
 
 
 def _fitting(

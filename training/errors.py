@@ -3,6 +3,7 @@
 TrainingError
 ├── RecipeError           the recipe file cannot be used
 ├── DatasetError          examples that cannot be used, each named by file, line and reason
+├── ConditionError        a condition on captured traffic that cannot be read, or that asks for what is not known
 ├── InitialisationError   the prompt cannot start as asked
 ├── CheckpointError       a checkpoint that cannot be resumed
 ├── CalibrationError      no threshold can be found, or the service that is asked does not answer
@@ -22,6 +23,10 @@ class RecipeError(TrainingError):
 
 class DatasetError(TrainingError):
     """Examples that cannot be used."""
+
+
+class ConditionError(TrainingError):
+    """A condition on captured traffic cannot be used."""
 
 
 class InitialisationError(TrainingError):

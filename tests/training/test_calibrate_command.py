@@ -27,7 +27,7 @@ from tests.training.recipes import TASK, write_rows
 from tests.training.scripted_service import Answer, scripted_service
 from training.asking import Question, ask_each
 from training.calibrating import Judged
-from training.commands import calibrating
+from training.commands.tuning import calibrating
 from training.dataset import Example
 from training.errors import CalibrationError
 from training.scorers import SCORERS

@@ -1,4 +1,4 @@
-"""`softcue tune` and `softcue routes calibrate`: the only place that draws progress bars."""
+"""`softcue tune` and `softcue routes calibrate`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""`softcue tune`, `softcue routes calibrate` and `softcue dataset`: the only place that draws progress bars."""
