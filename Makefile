@@ -2,7 +2,8 @@
 #
 # `make check` is what every change must pass, `make check-slow` what takes minutes more: tests that are short otherwise,
 # made long. Its parts, each a target of its own:
-#   slow-kill-loops       200 publishers killed at random moments on each database, then the whole store checked
+#   slow-kill-loops       200 publishers killed at random moments on each database, then the whole store checked; 200
+#                         processes killed while they write the journal
 #   slow-fuzz             some hundred made-up requests to each endpoint, and damaged files to each reader
 #   slow-failing-provider 10,000 requests to a route whose provider fails three in ten times, in every way
 #   slow-vllm             the vLLM backend against two real servers, which are installed under build/peers at first
@@ -23,7 +24,7 @@ EXAMPLES := support_intents product_copy data_questions
 SLOW := kill-loops fuzz failing-provider vllm
 SKIP ?=
 
-.PHONY: run test check lint types tests check-slow $(SLOW:%=slow-%) tune-examples bench-store bench-engine bench-engine-cuda bench-engine-soak bench-engine-peers bench-gateway bench-gateway-peers clean
+.PHONY: run test check lint types tests check-slow $(SLOW:%=slow-%) tune-examples bench-store bench-engine bench-engine-cuda bench-engine-soak bench-engine-peers bench-gateway bench-gateway-peers bench-experiments clean
 
 run: .venv/.run
 	@exec $(BIN)/softcue serve --config examples/softcue.toml --port $(PORT)
@@ -43,7 +44,7 @@ types: .venv/.dev
 check-slow: $(patsubst %,slow-%,$(filter-out $(SKIP),$(SLOW)))
 
 slow-kill-loops: .venv/.dev
-	SOFTCUE_KILLS=200 $(BIN)/pytest tests/prompt_store/test_kills.py
+	SOFTCUE_KILLS=200 $(BIN)/pytest tests/prompt_store/test_kills.py tests/service/ledger/test_journal.py
 
 slow-failing-provider: .venv/.dev
 	SOFTCUE_REQUESTS=10000 $(BIN)/pytest tests/service/routing/test_failing_provider.py
@@ -95,6 +96,10 @@ build/peers/.done: build/peers/.torch
 # SOFTCUE_BENCH_GATEWAYS names.
 bench-gateway: .venv/.dev $(if $(SOFTCUE_BENCH_GATEWAYS),,build/peers-gateway/.done)
 	$(BIN)/python -m benchmarks.gateway
+
+# What experiments cost, with a throw-away PostgreSQL and a service of its own: ten minutes.
+bench-experiments: .venv/.dev
+	$(BIN)/python -m benchmarks.experiments
 
 # Both peers in a folder of their own. Portkey's needs Node.js, 20 or newer.
 bench-gateway-peers: build/peers-gateway/.done

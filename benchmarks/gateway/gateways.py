@@ -75,7 +75,7 @@ def on_cores(cores: set[int]) -> Iterator[None]:
 
 def start_provider() -> Side:
     """The provider itself, asked directly. Raises ServerFailed."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "benchmarks.gateway.provider", str(port)]
     server = Server("gateway-provider", command, os.environ, port, "/", ROOT)
     return Side("direct", server, MODEL, {"authorization": f"Bearer {_KEY}"})
@@ -113,7 +113,7 @@ key_env = "PROVIDER_KEY"
 """,
         "utf-8",
     )
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "softcue", "serve", "--config", str(settings), "--port", str(port)]
     environment = {**os.environ, "PROVIDER_KEY": _KEY}
     name = "softcue-local" if local_engine else "softcue"
@@ -142,7 +142,7 @@ def start_litellm(provider_port: int, folder: Path) -> Side:
         "LITELLM_LOG": "ERROR",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     }
-    port = _free_port()
+    port = free_port()
     command = [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
     server = Server("gateway-litellm", command, environment, port, "/health/liveliness", folder)
     return Side("litellm", server, MODEL, {"authorization": f"Bearer {master_key}"})
@@ -153,7 +153,7 @@ def start_portkey(provider_port: int, folder: Path) -> Side:
     program = PEERS / "portkey" / "node_modules" / "@portkey-ai" / "gateway" / "build" / "start-server.js"
     if not program.is_file():
         raise Missing(f"Portkey is not in {PEERS}; `make bench-gateway-peers` installs it")
-    port = _free_port()
+    port = free_port()
     command = ["node", str(program), f"--port={port}", "--headless"]
     server = Server("gateway-portkey", command, {**os.environ, "NODE_ENV": "production"}, port, "/", folder)
     headers = {"x-portkey-provider": "openai", "x-portkey-custom-host": f"http://127.0.0.1:{provider_port}/v1"}
@@ -163,7 +163,8 @@ def start_portkey(provider_port: int, folder: Path) -> Side:
 PEER_STARTS = {"litellm": start_litellm, "portkey": start_portkey}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -66,7 +66,7 @@ class _Connection(asyncio.Protocol):
         self._received += data
         if self._first_s is None and self._request.first_token in self._received:
             self._first_s = time.perf_counter()
-        if not _is_whole(self._received):
+        if not is_whole(self._received):
             return
         now_s = time.perf_counter()
         if self._first_s is None or not self._received.startswith(b"HTTP/1.1 200"):
@@ -91,7 +91,8 @@ class _Connection(asyncio.Protocol):
             self.ended.set_exception(NoAnswer(message))
 
 
-def _is_whole(received: bytearray) -> bool:
+def is_whole(received: bytearray) -> bool:
+    """Whether the answer of HTTP is there to its end, by its length or its last chunk."""
     end = received.find(b"\r\n\r\n")
     if end < 0:
         return False

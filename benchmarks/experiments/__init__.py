@@ -1,0 +1,1 @@
+"""What experiments cost: assignments, recording beside requests, reports. `python -m benchmarks.experiments`."""

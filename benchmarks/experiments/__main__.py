@@ -1,0 +1,115 @@
+"""`python -m benchmarks.experiments`: every figure of experiments, tables, and one JSON object as the last line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.engine.figures import Target, json_line, median
+from benchmarks.engine.shapes import BUILD_FOLDER
+from benchmarks.experiments import assigning, recording, reporting
+from prompt_store.database import Database
+from tests.postgresql import running_server
+
+PARTS = ("assigning", "recording", "reporting")
+TARGETS = (
+    Target("assign_us", 5.0, 5.0, at_most=True),
+    Target("record_added_p99_ms", 0.2, 0.2, at_most=True),
+    Target("report_s", 2.0, 2.0, at_most=True),
+)
+
+
+def main(
+    only: Annotated[str, typer.Option(help=f"Parts to run, of {', '.join(PARTS)}.")] = ",".join(PARTS),
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each part; the median counts.")] = 7,
+    seconds: Annotated[float, typer.Option(min=1.0, help="How long each load lasts in a round.")] = 20.0,
+) -> None:
+    """Measure what experiments cost on this machine."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended
+    parts = frozenset(filter(None, only.split(",")))
+    if unknown := parts - set(PARTS):
+        raise typer.BadParameter(f"there is no part {min(unknown)}; there are {', '.join(PARTS)}")
+    figures: dict[str, float | None] = {target.figure: None for target in TARGETS}
+    console = Console()
+    if "assigning" in parts:
+        say("assigning units")
+        figures["assign_us"] = assigning.assign_us(10 * rounds)
+    if "reporting" in parts:
+        figures |= report_figures(rounds, console)
+    if "recording" in parts:
+        say("asking a service")
+        BUILD_FOLDER.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD_FOLDER) as folder:
+            recorded = recording.record(Path(folder), rounds, seconds)
+        figures["record_added_p99_ms"] = recorded.added_ms(recorded.reported, "p99_ms")
+        figures["record_added_p50_ms"] = recorded.added_ms(recorded.reported, "p50_ms")
+        console.print(latency_table(recorded))
+    console.print(target_table(figures))
+    about = {"processor": platform.machine(), "cores": len(os.sched_getaffinity(0)), "rounds": rounds}
+    print(json_line(figures, about))
+
+
+def report_figures(rounds: int, console: Console) -> dict[str, float | None]:
+    """A report over a million exposures, on a durable PostgreSQL of its own."""
+    with running_server(durable=True) as server:
+        location = server.create()
+        with Database.open(location) as database:
+            say("filling PostgreSQL")
+            reporting.fill(database)
+            say("reporting")
+            found = reporting.report(database, rounds)
+        server.drop(location)
+    console.print(f"The report says: {found.sentence}", markup=False)
+    return {
+        "report_s": found.whole_s,
+        "report_sums_s": found.sums_s,
+        "report_figures_s": found.figures_s,
+        "report_page_s": found.page_s,
+    }
+
+
+def latency_table(recorded: recording.Recorded) -> Table:
+    """Milliseconds of each kind of request: the median round, and what it took beyond that without, by round."""
+    table = Table(
+        "requests", "p50, ms", "p99, ms", "added p50", "added p99", title=f"At {recording.RATE:g} requests a second"
+    )
+    for name, cell in (
+        ("without an experiment", recorded.without),
+        ("of an experiment", recorded.exposed),
+        ("of an experiment, an outcome for each", recorded.reported),
+    ):
+        values = (
+            median(cell.p50_ms),
+            median(cell.p99_ms),
+            recorded.added_ms(cell, "p50_ms"),
+            recorded.added_ms(cell, "p99_ms"),
+        )
+        table.add_row(name, *(f"{value:.2f}" for value in values))
+    return table
+
+
+def target_table(figures: dict[str, float | None]) -> Table:
+    """Each figure that has a target, beside it."""
+    table = Table("figure", "measured", "at most", "reached")
+    for target in TARGETS:
+        value = figures[target.figure]
+        verdict = {"goal": "yes", "missed": "no"}.get(target.verdict(value), "not measured")
+        table.add_row(target.figure, "–" if value is None else f"{value:.3f}", f"{target.goal:g}", verdict)
+    return table
+
+
+def say(progress: str) -> None:
+    print(progress, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
