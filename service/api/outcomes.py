@@ -29,7 +29,7 @@ from service.catalog import Catalog
 from service.generation_ids import GenerationTag, verify
 from service.ledger.journal import Journal
 from service.routing.errors import UnknownGeneration
-from service.routing.outcome_rules import revision_with
+from service.routing.outcome_rules import outcome_of, revision_with
 from service.routing.router import Router
 
 # How far clocks may be apart. A time further ahead would hold against all that is reported until then.
@@ -135,22 +135,7 @@ def _take(
         except InvalidOutcome as error:
             found.append((f"{report.place}{key}", str(error)))
             continue
-        entries.append(
-            Outcome(
-                request=tag.request,
-                task=tag.task,
-                experiment=tag.experiment,
-                arm=tag.arm,
-                unit_hash=tag.unit_hash,
-                version=tag.version,
-                generated_ms=tag.at_ms,
-                metric=outcome.metric,
-                value=value,
-                at_ms=at_ms,
-                source="caller",
-                principal=principal,
-            )
-        )
+        entries.append(outcome_of(tag, outcome.metric, value, at_ms, source="caller", principal=principal))
     if found:
         raise _refusal(found)
     journal.append_all(entries)

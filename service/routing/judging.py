@@ -29,7 +29,7 @@ from service.routing.background import Background
 from service.routing.errors import RoutingError
 from service.routing.extracting import extract
 from service.routing.leaf_classification import LabelQuestion
-from service.routing.outcome_rules import revision_with
+from service.routing.outcome_rules import outcome_of, revision_with
 from service.routing.plan import Plan
 from service.routing.questions import Question
 from service.routing.run import Run
@@ -139,22 +139,8 @@ class Judges:
             value = checked_value(rules, judge.metric, number)
         except InvalidOutcome:
             return "unclear"
-        self._append(
-            Outcome(
-                request=tag.request,
-                task=tag.task,
-                experiment=tag.experiment,
-                arm=tag.arm,
-                unit_hash=tag.unit_hash,
-                version=tag.version,
-                generated_ms=tag.at_ms,
-                metric=judge.metric,
-                value=value,
-                at_ms=round(time.time() * 1000),
-                source="judge",
-                principal=judged.principal,
-            )
-        )
+        at_ms = round(time.time() * 1000)
+        self._append(outcome_of(tag, judge.metric, value, at_ms, source="judge", principal=judged.principal))
         return "recorded"
 
 

@@ -1,16 +1,19 @@
-"""Which revision of a task says what may be reported of one of its answers."""
+"""What may be reported of an answer, and the entry that a report of it becomes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from prompt_store.errors import InvalidOutcome
+from prompt_store.ledger.entries import Outcome
 from prompt_store.ledger.metrics import find_metric
 from prompt_store.names import DigestSelector
 from prompt_store.prompts.registry import TaskSnapshot
 from prompt_store.prompts.task import Task
 from prompt_store.prompts.unreadable import Unreadable, readable
 from prompt_store.prompts.version import PromptVersion
+from service.generation_ids import GenerationTag
 
 
 def revision_with(metric: str, task: TaskSnapshot, version: str) -> Task:
@@ -29,6 +32,32 @@ def revision_with(metric: str, task: TaskSnapshot, version: str) -> Task:
             return revision
     assert refusal is not None
     raise refusal
+
+
+def outcome_of(
+    tag: GenerationTag,
+    metric: str,
+    value: bool | float | str,
+    at_ms: int,
+    *,
+    source: Literal["caller", "judge"],
+    principal: str,
+) -> Outcome:
+    """What was reported of the generation that a tag is of."""
+    return Outcome(
+        request=tag.request,
+        task=tag.task,
+        experiment=tag.experiment,
+        arm=tag.arm,
+        unit_hash=tag.unit_hash,
+        version=tag.version,
+        generated_ms=tag.at_ms,
+        metric=metric,
+        value=value,
+        at_ms=at_ms,
+        source=source,
+        principal=principal,
+    )
 
 
 def _revisions(task: TaskSnapshot, version: str) -> Iterator[Task]:
