@@ -189,7 +189,7 @@ def test_what_is_not_known_is_refused(traffic: Traffic) -> None:
         ([], "data", "nothing is known to be right; give one of --where"),
         (["--all", "--demonstrations-only"], "data", "give one of --where"),
         (["--all", "--test-fraction", "0.2"], "rows.jsonl", "is one file, which holds nothing out"),
-        (["--all", "--test-fraction", "0.9"], "data", "0.9 is not in the range"),
+        (["--all", "--test-fraction", "0.9"], "data", "less than or equal to 0.5"),
     ],
 )
 def test_arguments_that_leave_open_what_is_meant_are_refused(

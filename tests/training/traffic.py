@@ -30,7 +30,7 @@ class Asked:
         inputs = self.inputs or ({"message": self.message} if self.message is not None else None)
         return Captured(
             self.request, "colours", "c" * 64, self.version, self.unit, inputs, "the prompt", self.answer, self.at_ms,
-            self.at_ms + 10**12, "anonymous",
+            self.at_ms + 10**14, "anonymous",
         )  # fmt: skip
 
     def entries(self) -> Sequence[Entry]:

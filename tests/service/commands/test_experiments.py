@@ -107,8 +107,8 @@ def test_what_is_known_is_shown_with_the_sentence_first(shell: ExperimentsShell)
     lines = shell.run("show", "friendlier").splitlines()
     assert lines[0].startswith("Promote candidate: helpful is 25 points higher with candidate than with control")
     text = "\n".join(lines)
-    assert re.search(r"control +50\.0% +400 +400 +50\.0% ", text)
-    assert re.search(r"candidate +50\.0% +400 +400 +75\.0% .*\+25\.0 points", text)
+    assert re.search(r"control +50\.0% +400 +400 +50% ", text)
+    assert re.search(r"candidate +50\.0% +400 +400 +75\.0% .*\+25 points", text)
     assert re.search(r"candidate +400 .* ms .*held", text)
     document = shell.json("show", "friendlier")
     assert (document["schema"], document["verdict"]) == ("softcue.experiment-report/1", "promote")
@@ -123,7 +123,7 @@ def test_the_report_is_written_as_a_page(shell: ExperimentsShell) -> None:
     assert "Promote candidate: helpful is 25 points higher" in text
     assert "<svg" in text
     json.loads(shell.run("show", "friendlier", "--html", str(page), "--json"))
-    assert "cannot be used" in shell.fail("show", "friendlier", "--html", str(shell.folder / "none" / "report.html"))
+    assert "cannot be written" in shell.fail("show", "friendlier", "--html", str(shell.folder / "none" / "report.html"))
 
 
 def test_an_arm_is_promoted_and_its_version_is_in_production(shell: ExperimentsShell) -> None:
