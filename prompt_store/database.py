@@ -102,14 +102,18 @@ class Database:
                 yield connection
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """The one writing transaction at a time: it waits for its turn, then commits whole or leaves no trace."""
+    def write(self, *, announced: bool = True) -> Iterator[Connection]:
+        """The one writing transaction at a time: it waits for its turn, then commits whole or leaves no trace.
+
+        Whoever watches is told, unless it writes nothing that a snapshot has.
+        """
         with self.checked(), self.storage.engine.connect() as connection:
             connection = self.storage.writing(connection)
             with connection.begin():
                 self.storage.begin_write(connection)
                 yield connection
-                self.storage.announce(connection)
+                if announced:
+                    self.storage.announce(connection)
 
     @contextmanager
     def checked(self) -> Iterator[None]:

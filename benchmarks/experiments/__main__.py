@@ -85,6 +85,7 @@ def latency_table(recorded: recording.Recorded) -> Table:
     for name, cell in (
         ("without an experiment", recorded.without),
         ("of an experiment", recorded.exposed),
+        ("without, each asked for again", recorded.without_twice),
         ("of an experiment, an outcome for each", recorded.reported),
     ):
         values = (

@@ -52,15 +52,21 @@ class Cell:
 
 @dataclass
 class Recorded:
-    """Requests without an experiment, with one, and with an outcome for each beside."""
+    """Requests without an experiment and with one; then either with a further request for each answer.
+
+    That further request asks for the generation where there is no experiment, and else reports an outcome of it: so
+    both have the service answer as many requests, and differ by what is recorded.
+    """
 
     without: Cell = field(default_factory=Cell)
     exposed: Cell = field(default_factory=Cell)
+    without_twice: Cell = field(default_factory=Cell)
     reported: Cell = field(default_factory=Cell)
 
     def added_ms(self, cell: Cell, quantile_ms: str) -> float:
-        """The median over rounds of what a cell took beyond that without, in the same round."""
-        pairs = zip(getattr(cell, quantile_ms), getattr(self.without, quantile_ms), strict=True)
+        """The median over rounds of what a cell took beyond that without as many requests, in the same round."""
+        base = self.without if cell in (self.without, self.exposed) else self.without_twice
+        pairs = zip(getattr(cell, quantile_ms), getattr(base, quantile_ms), strict=True)
         return median([taken - base for taken, base in pairs])
 
 
@@ -68,7 +74,12 @@ def record(folder: Path, rounds: int, seconds: float) -> Recorded:
     """Every kind of request in turn, the order reversed from round to round. Raises NoAnswer, ServerFailed."""
     found = Recorded()
     with _service(folder) as port:
-        cells = ((found.without, PLAIN, None), (found.exposed, TRIED, None), (found.reported, TRIED, _outcome))
+        cells = (
+            (found.without, PLAIN, None),
+            (found.exposed, TRIED, None),
+            (found.without_twice, PLAIN, _asked_for),
+            (found.reported, TRIED, _outcome),
+        )
         for _, task, follow_up in cells:  # code is compiled, connections are opened
             _load(port, task, 2.0, follow_up, seed=0)
         for number in range(rounds):
@@ -95,11 +106,19 @@ def _requests(task: str) -> Iterator[bytes]:
         yield post("/v1/chat/completions", body, {})
 
 
+def _asked_for(answer: bytes) -> bytes:
+    return f"GET /v1/generations/{_generation(answer)} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode()
+
+
 def _outcome(answer: bytes) -> bytes:
+    return post(f"/v1/generations/{_generation(answer)}/outcomes", {"metric": METRIC, "value": True}, {})
+
+
+def _generation(answer: bytes) -> str:
     found = _GENERATION.search(answer)
     if found is None:
         raise NoAnswer(f"this answer has no id: {answer[-1000:]!r}")
-    return post(f"/v1/generations/{found[1].decode()}/outcomes", {"metric": METRIC, "value": True}, {})
+    return found[1].decode()
 
 
 def _hold_against_store(location: Path, found: Recorded) -> None:

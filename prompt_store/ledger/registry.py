@@ -22,7 +22,7 @@ class LedgerRegistry(ExperimentRegistry):
 
     def add_entries(self, entries: Sequence[Entry]) -> None:
         """Takes entries in, all of them or none; those that are there already change nothing."""
-        with self.database.write() as connection:
+        with self.database.write(announced=False) as connection:
             writing.add_entries(connection, entries)
 
     def experiment_sums(
@@ -50,7 +50,7 @@ class LedgerRegistry(ExperimentRegistry):
 
     def forget(self, before_ms: int) -> Forgotten:
         """Removes exposures, answers and outcomes from before then, and captures whose time is over."""
-        with self.database.write() as connection:
+        with self.database.write(announced=False) as connection:
             return erasing.forget(connection, before_ms, self._now_ms())
 
     def _now_ms(self) -> int:

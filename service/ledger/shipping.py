@@ -21,8 +21,10 @@ from service.ledger.records import Damage, Unknown, read_records
 
 log = logging.getLogger(__name__)
 
-_BATCH = 200
-_PAUSE_S = 0.002
+# A batch takes the interpreter's lock, and where there is one processor that too, from requests for about half a
+# millisecond: few notice a small one. Where small ones do not keep up, they grow.
+_SMALLEST, _LARGEST = 32, 1024
+_PAUSE_S = 0.005
 _LONGEST_WAIT_S = 30.0
 _ADOPT_EVERY_S = 60.0
 
@@ -33,7 +35,7 @@ class Shipper:
     While it raises StoreUnavailable or SchemaMismatch everything is kept, and tried again with growing patience. What
     else it raises is about an entry: the batch is halved until that one is alone, and set aside.
 
-    Batches are small, with a pause after each, because this thread takes the interpreter's lock from requests.
+    Batches are small while that is enough, with a pause after each, because this thread takes time from requests.
     """
 
     def __init__(
@@ -42,14 +44,13 @@ class Shipper:
         write: Callable[[Sequence[Entry]], object],
         *,
         every_s: float = 1.0,
-        batch: int = _BATCH,
         pause_s: float = _PAUSE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._journal = journal
         self._write = write
         self._every_s = every_s
-        self._batch = batch
+        self._batch = _SMALLEST
         self._pause_s = pause_s
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softcue-journal")
@@ -75,6 +76,7 @@ class Shipper:
         try:
             if self._clock() >= self._again_at:
                 more = self._ship(until)
+                self._batch = min(2 * self._batch, _LARGEST) if more else _SMALLEST
                 if self._wait_s:
                     log.warning("the journal can be shipped to the store again")
                 self._wait_s = 0.0
@@ -109,6 +111,7 @@ class Shipper:
     def _ship_last(self, until: float) -> None:
         try:
             self._journal.sync(seal=True)
+            self._batch = _LARGEST  # no request waits any more
             if self._ship(until):
                 log.warning("time is up: what the journal still holds is shipped after the next start")
         finally:
