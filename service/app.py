@@ -212,6 +212,10 @@ def create_app(
         """Provided after the catalog: what is provided at once, Litestar provides in a task each (50 us a request)."""
         return router
 
+    def provide_journal(router: NamedDependency[Router]) -> Journal:
+        """After the router, for the same reason."""
+        return journal
+
     return Litestar(
         state=State({"drain": drain, FORCE_KEY: _force_key(settings)}),
         route_handlers=[
@@ -240,7 +244,7 @@ def create_app(
             "registry": Provide(lambda: registry, sync_to_thread=False),
             "limits": Provide(lambda: limits, sync_to_thread=False),
             "metrics": Provide(lambda: metrics, sync_to_thread=False),
-            "journal": Provide(lambda: journal, sync_to_thread=False),
+            "journal": Provide(provide_journal, sync_to_thread=False),
         },
         lifespan=[lifespan],
         before_request=require_content_type,

@@ -293,18 +293,19 @@ class Catalog:
 
     def target(self, task: TaskSnapshot, leaf: DirectRoute) -> Target:
         """Who answers for a leaf of the task's route. Raises as `resolve`."""
-        version = self._version(task, leaf.version)
+        version = self.version(task, leaf.version)
         backend = leaf.backend or self.backends.serving(version.payload)
         return Target(backend, self._revision(task, version), version)
 
     def _named(self, task: TaskSnapshot, route: Route, selector: str) -> Target:
         """Who answers for a version that is asked for: the backend that the route has for it, where it has one."""
-        version = self._version(task, selector)
+        version = self.version(task, selector)
         at = next((leaf for _, leaf in leaves(route) if task.find(_parse_selector(leaf.version)) is version), route)
         backend = self.backends.serving(version.payload, at.backend if isinstance(at, DirectRoute) else None)
         return Target(backend, self._revision(task, version), version)
 
-    def _version(self, task: TaskSnapshot, selector: str) -> PromptVersion:
+    def version(self, task: TaskSnapshot, selector: str) -> PromptVersion:
+        """What answers for a version of a task that is named so. Raises as `resolve`."""
         parsed = _parse_selector(selector)
         found = task.find(parsed)
         if found is None:

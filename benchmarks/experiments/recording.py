@@ -70,10 +70,10 @@ class Recorded:
         return median([taken - base for taken, base in pairs])
 
 
-def record(folder: Path, rounds: int, seconds: float) -> Recorded:
+def record(store: str, folder: Path, rounds: int, seconds: float) -> Recorded:
     """Every kind of request in turn, the order reversed from round to round. Raises NoAnswer, ServerFailed."""
     found = Recorded()
-    with _service(folder) as port:
+    with _service(store, folder) as port:
         cells = (
             (found.without, PLAIN, None),
             (found.exposed, TRIED, None),
@@ -86,7 +86,7 @@ def record(folder: Path, rounds: int, seconds: float) -> Recorded:
             for cell, task, follow_up in cells[:: 1 if number % 2 else -1]:
                 time.sleep(_SETTLING_S)
                 cell.note(_load(port, task, seconds, follow_up, seed=number))
-    _hold_against_store(folder / "store.db", found)
+    _hold_against_store(store, found)
     return found
 
 
@@ -121,7 +121,7 @@ def _generation(answer: bytes) -> str:
     return found[1].decode()
 
 
-def _hold_against_store(location: Path, found: Recorded) -> None:
+def _hold_against_store(location: str, found: Recorded) -> None:
     """That what was measured was also written: a service that loses entries is quick."""
     with Database.open(location) as database:
         sums = Registry(database).experiment_sums(EXPERIMENT, TRIED, [METRIC], missing="ignore", started_ms=0)
@@ -131,16 +131,19 @@ def _hold_against_store(location: Path, found: Recorded) -> None:
 
 
 @contextmanager
-def _service(folder: Path) -> Iterator[int]:
+def _service(store: str, folder: Path) -> Iterator[int]:
     """The port of a service whose provider runs; the load and the provider are kept to the first core."""
     first, *others = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         stack.enter_context(on_cores({first}))
         provider = start_provider()
         stack.callback(provider.server.end)
-        _fill(folder / "store.db")
+        _fill(store)
         settings = folder / "softcue.toml"
-        settings.write_text(_SETTINGS.format(base=json.dumps(str(BASE_FOLDER)), port=provider.server.port), "utf-8")
+        settings.write_text(
+            _SETTINGS.format(store=json.dumps(store), base=json.dumps(str(BASE_FOLDER)), port=provider.server.port),
+            "utf-8",
+        )
         port = free_port()
         command = [sys.executable, "-m", "softcue", "serve", "--config", str(settings), "--port", str(port)]
         environment = {**os.environ, "PROVIDER_KEY": "benchmark"}
@@ -152,7 +155,7 @@ def _service(folder: Path) -> Iterator[int]:
 
 _SETTINGS = """
 [store]
-url = "store.db"
+url = {store}
 
 [base]
 path = {base}
@@ -168,7 +171,7 @@ key_env = "PROVIDER_KEY"
 """
 
 
-def _fill(location: Path) -> None:
+def _fill(location: str) -> None:
     """Both tasks, and the experiment on one of them: two versions, which ask the provider the same."""
     with Database.open(location) as database:
         registry = Registry(database)

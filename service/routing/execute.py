@@ -168,11 +168,11 @@ class Executor:
 
     def _first_version(self, task: TaskSnapshot, route: Route) -> str:
         """The digest of the version that a route's first leaf names; empty where it names none that there is."""
+        leaf = route if isinstance(route, DirectRoute) else next(leaves(route))[1]
         try:
-            version = self._catalog.target(task, next(leaves(route))[1]).version
+            return self._catalog.version(task, leaf.version).digest
         except Failure:  # which whoever is answered by it is told
             return ""
-        return version.digest if version is not None else ""
 
     async def _direct(self, run: Run, route: DirectRoute, work: Work[T], place: str, turn: Turn) -> T:
         assert run.plan.task is not None
