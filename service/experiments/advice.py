@@ -98,6 +98,23 @@ def difference_of(metric: MetricFigures, arm: ArmEstimate, control: str, alpha: 
     return f"{metric.metric} {verb} {scale.size(arm.lift)} {side}{judged} with {arm.arm} than with {control}{sequence}"
 
 
+def winner_of(figures: Figures, record: ExperimentRecord) -> ArmEstimate | None:
+    """The arm that may be promoted: surely better, with guardrails held and the units that rules wait for.
+
+    Of several it is the one that is better by most at the least: whose gain's lower bound is the greatest.
+    """
+    control, *others = figures.decision.arms
+    better = {
+        arm: gain.low
+        for arm in others
+        if (gain := figures.decision.gain(arm)) is not None
+        and gain.low > 0.0
+        and min(arm.units, control.units) >= record.experiment.rules.minimum_units
+        and state_of(figures, arm.arm) == "held"
+    }
+    return max(better, key=lambda arm: better[arm], default=None)
+
+
 def _advice(figures: Figures, record: ExperimentRecord) -> Advice:
     metric, rules = figures.decision, record.experiment.rules
     control, *others = metric.arms
@@ -105,18 +122,22 @@ def _advice(figures: Figures, record: ExperimentRecord) -> Advice:
     if len(broken) == len(others):
         names = _joined(arm.arm for arm in broken)
         return Advice("stop", f"Stop: {_breaches(figures, names)}, so no arm may be promoted.")
-    allowed = [arm for arm in others if arm not in broken and arm.lift is not None and is_bounded(arm.lift)]
-    if not allowed:
+    gains = {
+        arm: gain for arm in others if arm not in broken and (gain := metric.gain(arm)) is not None and is_bounded(gain)
+    }
+    if not gains:
         return Advice(
             "continue", f"Keep going: {_units(figures.units)} are too few to say anything of {metric.metric}."
         )
-    leader = max(allowed, key=lambda arm: (_gain(metric, arm).low > 0.0, _gain(metric, arm).estimate))
-    difference = difference_of(metric, leader, control.arm, figures.alpha)
-    found = f"{difference} after {_units(figures.units)}"
-    if _gain(metric, leader).low > 0.0:
-        return _leading(figures, record, leader, found)
-    reachable = max(_gain(metric, arm).high for arm in allowed)
-    if len(allowed) + len(broken) == len(others):
+    winner = winner_of(figures, record)
+    leader = winner or max(gains, key=lambda arm: (gains[arm].low > 0.0, gains[arm].estimate))
+    found = f"{difference_of(metric, leader, control.arm, figures.alpha)} after {_units(figures.units)}"
+    if winner is not None:
+        return Advice("promote", f"Promote {winner.arm}: {found}{_held(figures, winner)}.")
+    if gains[leader].low > 0.0:
+        return Advice("continue", f"Keep going: {found}, but {_missing(figures, record, leader)}.")
+    reachable = max(gain.high for gain in gains.values())
+    if len(gains) + len(broken) == len(others):
         if reachable < 0.0:
             return Advice("stop", f"Stop: no arm can be better than {control.arm}; {found}.")
         if rules.futile_below is not None and reachable < rules.futile_below:
@@ -125,20 +146,19 @@ def _advice(figures: Figures, record: ExperimentRecord) -> Advice:
     return Advice("continue", f"Keep going: {found}, so it is not settled which is better.")
 
 
-def _leading(figures: Figures, record: ExperimentRecord, leader: ArmEstimate, found: str) -> Advice:
-    """Of an arm that is surely better, and breaks no guardrail: may it be promoted?"""
+def _missing(figures: Figures, record: ExperimentRecord, leader: ArmEstimate) -> str:
+    """Why an arm that is surely better, and breaks no guardrail, may not be promoted yet."""
     minimum = record.experiment.rules.minimum_units
-    fewest = min(leader.units, figures.decision.arms[0].units)
-    if fewest < minimum:
-        return Advice(
-            "continue", f"Keep going: {found}, but an arm has {_units(fewest)} of the {minimum:,} that it should have."
-        )
-    if unsettled := _guardrails(figures, leader.arm, "open"):
-        within = _joined(f"{each.metric} stays within {margin_of(each)}" for each in unsettled)
-        return Advice("continue", f"Keep going: {found}, but it is not settled yet that {within}.")
-    held = _guardrails(figures, leader.arm, "held")
-    also = f", and {_joined(each.metric for each in held)} {'is' if len(held) == 1 else 'are'} held" if held else ""
-    return Advice("promote", f"Promote {leader.arm}: {found}{also}.")
+    if (fewest := min(leader.units, figures.decision.arms[0].units)) < minimum:
+        return f"an arm has {_units(fewest)} of the {minimum:,} that it should have"
+    unsettled = _guardrails(figures, leader.arm, "open")
+    within = _joined(f"{each.metric} stays within {margin_of(each)}" for each in unsettled)
+    return f"it is not settled yet that {within}"
+
+
+def _held(figures: Figures, winner: ArmEstimate) -> str:
+    held = _guardrails(figures, winner.arm, "held")
+    return f", and {_joined(each.metric for each in held)} {'is' if len(held) == 1 else 'are'} held" if held else ""
 
 
 def _ending(figures: Figures, record: ExperimentRecord) -> str:
@@ -150,11 +170,10 @@ def _ending(figures: Figures, record: ExperimentRecord) -> str:
         "rolled_back": f"Rolled back to {figures.control}",
     }[record.state]
     why = f": {record.reason.rstrip('.')}" if record.reason else ""
-    known = [arm for arm in figures.decision.arms if arm.lift is not None]
-    named = [arm for arm in known if arm.arm == record.winner] or known
-    if not named:
+    gains = {arm: gain for arm in figures.decision.arms if (gain := figures.decision.gain(arm)) is not None}
+    if not gains:
         return f"{did}{when}{whom}{why}. Nothing was known of {figures.decision.metric} then."
-    arm = max(named, key=lambda each: _gain(figures.decision, each).estimate)
+    arm = max(gains, key=lambda each: (each.arm == record.winner, gains[each].estimate))
     difference = difference_of(figures.decision, arm, figures.control, figures.alpha, "was")
     return f"{did}{when}{whom}{why}. After {_units(figures.units)}, {difference}."
 
@@ -174,13 +193,6 @@ def _breaches(figures: Figures, names: str) -> str:
     broken = [each for each in figures.metrics if each.guardrail == "violated"]
     verb = "make" if " and " in names else "makes"
     return f"{names} {verb} {_joined(f'{each.metric} worse than {margin_of(each)} allows' for each in broken)}"
-
-
-def _gain(metric: MetricFigures, arm: ArmEstimate) -> Interval:
-    """An arm's lift, turned so that more is better."""
-    assert arm.lift is not None, "asked of arms whose lift is known"
-    lift = arm.lift
-    return lift if metric.direction == "maximise" else Interval(-lift.estimate, -lift.high, -lift.low)
 
 
 def _range(lift: Interval, scale: Scale) -> str:

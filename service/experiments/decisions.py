@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from prompt_store.experiments.experiment import RollBack as RollBackRule
 from prompt_store.experiments.records import ExperimentEvent, ExperimentRecord
 from prompt_store.ledger.sums import MinuteHealth
-from service.experiments.advice import difference_of, mismatch_of, state_of
+from service.experiments.advice import difference_of, mismatch_of, winner_of
 from service.experiments.best import with_floor
-from service.experiments.figures import ArmEstimate, Figures, Interval
+from service.experiments.figures import ArmEstimate, Figures
 from service.experiments.reporting import numbers_of
 
 MINUTE_MS = 60_000
@@ -192,20 +192,9 @@ def _health_in_words(control: str, pairs: Sequence[tuple[MinuteHealth, MinuteHea
 
 
 def _promote(record: ExperimentRecord, figures: Figures) -> Promote | None:
-    """The arm whose lift's lower bound is greatest, of those that are surely better with guardrails held."""
-    rules = record.experiment.rules
-    control, *others = figures.decision.arms
-    better = {
-        arm: gain.low
-        for arm in others
-        if (gain := _gain(figures, arm)) is not None
-        and gain.low > 0.0
-        and min(arm.units, control.units) >= rules.minimum_units
-        and state_of(figures, arm.arm) == "held"
-    }
-    if not rules.promote or not better:
+    winner = winner_of(figures, record)
+    if not record.experiment.rules.promote or winner is None:
         return None
-    winner = max(better, key=lambda arm: better[arm])
     guardrails = ", with guardrails held" if any(each.role == "guardrail" for each in figures.metrics) else ""
     return Promote(
         f"{_difference(figures, winner)}{guardrails}",
@@ -218,7 +207,7 @@ def _stop(record: ExperimentRecord, figures: Figures) -> Stop | None:
     """Where every arm is known so well that none can still be better by as much as would matter."""
     rules = record.experiment.rules
     _, *others = figures.decision.arms
-    reachable = {arm: gain.high for arm in others if (gain := _gain(figures, arm)) is not None}
+    reachable = {arm: gain.high for arm in others if (gain := figures.decision.gain(arm)) is not None}
     if (
         rules.futile_below is None
         or len(reachable) < len(others)
@@ -280,13 +269,6 @@ def _newest_recommendation(history: Sequence[ExperimentEvent]) -> Mapping[str, A
 
 def _differ(weights: Mapping[str, float], others: Mapping[str, float]) -> bool:
     return any(abs(weight - others.get(arm, 0.0)) >= _LEAST_CHANGE for arm, weight in weights.items())
-
-
-def _gain(figures: Figures, arm: ArmEstimate) -> Interval | None:
-    """The lift turned so that more is better."""
-    if arm.lift is None or figures.decision.direction == "maximise":
-        return arm.lift
-    return Interval(-arm.lift.estimate, -arm.lift.high, -arm.lift.low)
 
 
 def _difference(figures: Figures, arm: ArmEstimate) -> str:

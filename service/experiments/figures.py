@@ -71,6 +71,12 @@ class MetricFigures:
     relative: bool = False
     boolean: bool = False
 
+    def gain(self, arm: ArmEstimate) -> Interval | None:
+        """An arm's lift, turned so that more is better."""
+        if arm.lift is None or self.direction == "maximise":
+            return arm.lift
+        return Interval(-arm.lift.estimate, -arm.lift.high, -arm.lift.low)
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRatio:

@@ -40,6 +40,13 @@ def test_of_better_arms_the_best_that_keeps_its_guardrails_is_named() -> None:
     assert sentence_of(figures(metric(arms), times), record()).startswith("Promote second: ")
 
 
+def test_an_arm_that_may_be_promoted_is_named_though_another_that_may_not_yet_looks_better() -> None:
+    arms = {"first": (0.09, 0.01, 0.17), "second": (0.05, 0.03, 0.07)}
+    for state in ("open", "held"):
+        times = guardrail(dict.fromkeys(arms, (1.0, -9.0, 11.0)), {"first": state, "second": "held"})
+        assert sentence_of(figures(metric(arms), times), record()).startswith("Promote second: ")
+
+
 def test_an_open_guardrail_or_too_few_units_hold_a_promotion_back() -> None:
     unsettled = figures(
         metric({"candidate": BETTER}), guardrail({"candidate": (20.0, -40.0, 80.0)}, {"candidate": "open"})
