@@ -99,8 +99,9 @@ def half_width(variance: float, time: float, alpha: float) -> float:
     """Half the width of an asymptotic confidence sequence: Robbins' boundary of a Gaussian mixture.
 
     sqrt(variance) * sqrt((1 + 1 / u) * (log(1 + u) - 2 log(alpha))) with u = time * rho^2, and rho such that it is
-    narrowest at TUNED_UNITS. `time` is a number of units.
-    Source: Waudby-Smith et al., arXiv:2103.06476, theorem 2.2; rho by equation 161 of its version 7.
+    narrowest at TUNED_UNITS. `time` is a number of units. In theory one over the variance grows as it does, as is so
+    while weights stay as they are; that bounds hold where weights change is known by simulation.
+    Source: Waudby-Smith et al., arXiv:2103.06476; equations 9 and 161 (rho) of its version 7.
     """
     evidence = -2.0 * math.log(alpha)
     scaled = time * (evidence + math.log1p(evidence)) / TUNED_UNITS
@@ -162,7 +163,7 @@ def _plain(sums: UnitSums, binary: bool) -> _Mean:
 
     The variance is sum(w^2 (y - m)^2) / sum(w)^2: with equal probabilities that of a mean. The time is the effective
     number of units, sum(w)^2 / sum(w^2): with equal probabilities that of units.
-    Source: Särndal et al. 1992, Model assisted survey sampling, section 5.7; Kish 1965, Survey sampling.
+    Source: Särndal et al. 1992, Model assisted survey sampling; Kish 1965, Survey sampling.
     """
     mean = sums.wy / sums.w
     squares = sums.wwyy - 2.0 * mean * sums.wwy + mean * mean * sums.ww
@@ -226,12 +227,18 @@ def _adjusted(arms: Mapping[str, UnitSums], plain: Mapping[str, _Mean], binary: 
 def _less(mean: _Mean, other: _Mean) -> _Mean:
     """The difference of two means of different units.
 
+    Its variance is the sum of theirs, and no less than if units of both arms varied alike, by what both arms together
+    show; with as many units in both these are the same. An arm with few of the units, whether by its weight or by
+    Thompson sampling, may by chance have none of the large outcomes that skewed metrics such as costs have, or of the
+    failures that are rare. Its mean is then too low and its own variance hides it, so with the sum alone false
+    positives exceed alpha.
+
     Its time is that of two equal arms with as much information, 4 / (1 / n1 + 1 / n2), and so all their units where
-    they are equal. A time of n1 + n2 would make bounds too narrow where one arm has few of the units, as their skew
-    still shows: false positives of lognormal outcomes under Thompson weights then exceed alpha.
+    they are equal: never more than their units, so where they are few bounds are wider.
     """
-    time = 4.0 / (1.0 / mean.time + 1.0 / other.time)
-    return _Mean(mean.value - other.value, mean.variance + other.variance, time)
+    inverse = 1.0 / mean.time + 1.0 / other.time
+    alike = (mean.time**2 * mean.variance + other.time**2 * other.variance) / (mean.time + other.time) * inverse
+    return _Mean(mean.value - other.value, max(mean.variance + other.variance, alike), 4.0 / inverse)
 
 
 def _interval(mean: _Mean, alpha: float) -> Interval:

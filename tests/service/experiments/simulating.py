@@ -1,7 +1,7 @@
 """Many simulated experiments at once, and their sums after any unit, as the docstring of `sums.py` has them.
 
 Arrays are [runs, units], in the order in which units come. Which looks could be alarms is found by formulas over
-arrays, and whether one is, is said by `estimates`.
+arrays, and whether one is, is said by `estimates`, or by what is made of them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from prompt_store.ledger.sums import UnitSums
 from service.experiments.figures import Interval
-from service.experiments.statistics import BURN_IN_UNITS, estimates
+from service.experiments.statistics import BURN_IN_UNITS, COVARIATE_UNITS, estimates
 
 Array = NDArray[Any]
 Sums = dict[str, Array]
 
-ARMS = ("control", "first", "second")
+ARMS = ("control", "first", "second", "third")
 RUNS = 2000
 
 
@@ -41,22 +41,29 @@ class Units:
 
 
 def running(units: Units, place: int, step: int = 1) -> Sums:
-    """The fields of UnitSums for one arm after each `step` units: [runs, looks] each. A name spells its product."""
+    """The fields of UnitSums for one arm after each `step` units: [runs, looks] each. A name spells its product.
+
+    Without covariates there are none of their fields.
+    """
     own = units.arm == place
-    x = np.full(units.y.shape, np.nan) if units.x is None else units.x
     valued = own & ~np.isnan(units.y)
-    covariate = valued & ~np.isnan(x)
-    factors = {"w": units.w, "y": np.nan_to_num(units.y), "x": np.nan_to_num(x)}
-    counted = {"units": own, "valued": valued, "k": covariate}
+    factors = {"w": units.w, "y": np.nan_to_num(units.y)}
+    counted = {"units": own, "valued": valued}
+    names = [field.name for field in fields(UnitSums) if field.name not in ("arm", "since_ms")]
+    if units.x is None:
+        names = [name for name in names if not set(name) & set("kx")]
+    else:
+        counted["k"] = valued & ~np.isnan(units.x)
+        factors["x"] = np.nan_to_num(units.x)
+    looks = units.arm.shape[-1] // step
     sums = {}
-    for name in (field.name for field in fields(UnitSums) if field.name not in ("arm", "since_ms")):
+    for name in names:
         terms = counted.get(name)
         if terms is None:
-            over = own if name.startswith("u") else covariate if set(name) & set("kx") else valued
-            terms = over.astype(float)
+            terms = own if name.startswith("u") else counted["k"] if set(name) & set("kx") else valued
             for letter in name.strip("uk"):
                 terms = terms * factors[letter]
-        sums[name] = np.cumsum(terms, axis=-1)[..., step - 1 :: step]
+        sums[name] = terms[..., : looks * step].reshape(*terms.shape[:-1], looks, step).sum(axis=-1).cumsum(axis=-1)
     return sums
 
 
@@ -72,59 +79,96 @@ def whole(units: Units, *, arms: int = 2, run: int = 0) -> dict[str, UnitSums]:
     return {ARMS[place]: sums_at(running(alone, place), place, 0, -1) for place in range(arms)}
 
 
-def alarms(
-    units: Units, *, alpha: float, arms: int = 2, step: int = 1, adjust: bool = False, truth: float = 0.0
-) -> list[Interval | None]:
+def alarms(units: Units, *, alpha: float, arms: int = 2, step: int = 1, truth: float = 0.0) -> list[Interval | None]:
     """By run, a lift's interval at some look that is without `truth`; None where there is none at any look.
 
-    `estimates` is asked where a lift is the furthest beyond its boundary, by the formulas here.
+    `estimates` is asked where a lift is the furthest beyond its boundary, by `excesses`.
     """
     sums = [running(units, place, step) for place in range(arms)]
     found: list[Interval | None] = [None] * len(units.arm)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        control, *others = _means(sums, adjust=adjust)
-        enough = np.all([each["w"] ** 2 >= BURN_IN_UNITS * each["ww"] for each in sums], axis=0)
-        for place, (mean, variance) in enumerate(others, start=1):
-            time = 4 / (sums[0]["ww"] / sums[0]["w"] ** 2 + sums[place]["ww"] / sums[place]["w"] ** 2)
-            boundary = _boundary(time, alpha / (arms - 1))
-            excess = np.abs(mean - control[0] - truth) / np.sqrt(variance + control[1]) / boundary
-            looks = np.argmax(np.where(enough & np.isfinite(excess), excess, 0.0), axis=1)
-            for run, look in enumerate(looks):
-                now = {ARMS[each]: sums_at(sums[each], each, run, look) for each in range(arms)}
-                lift = estimates(now, "control", direction="maximise", alpha=alpha)[place].lift
-                if lift is not None and not lift.low <= truth <= lift.high:
-                    found[run] = lift
+    for place, excess in enumerate(np.abs(excesses(sums, alpha=alpha, truth=truth)), start=1):
+        for run, look in enumerate(np.argmax(excess, axis=1)):
+            lift = estimates(at(sums, run, look), ARMS[0], direction="maximise", alpha=alpha)[place].lift
+            if lift is not None and not lift.low <= truth <= lift.high:
+                found[run] = lift
     return found
 
 
+def at(sums: Sequence[Sums], run: int, look: int) -> dict[str, UnitSums]:
+    """The sums of each arm of one run after one look."""
+    return {ARMS[place]: sums_at(each, place, run, look) for place, each in enumerate(sums)}
+
+
+def excesses(sums: Sequence[Sums], *, alpha: float, truth: float = 0.0) -> Array:
+    """How far each lift is from `truth`, in half widths of its sequence; 0 where it has no bounds.
+
+    [arms but the control, runs, looks]: what `estimates` says, for many sums at once.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        binary = np.all([np.isclose(each["wwyy"], each["wwy"], rtol=1e-9, atol=0.0) for each in sums], axis=0)
+        control, *others = _means(sums, binary)
+        level = alpha / len(others)
+        found = []
+        for mean in others:
+            inverse = 1 / mean.units + 1 / control.units
+            spread = mean.units**2 * mean.variance + control.units**2 * control.variance
+            alike = spread / (mean.units + control.units) * inverse
+            variance = np.maximum(mean.variance + control.variance, alike)
+            found.append((mean.value - control.value - truth) / np.sqrt(variance) / _boundary(4 / inverse, level))
+    return np.nan_to_num(np.array(found), posinf=0.0, neginf=0.0)
+
+
 def _boundary(time: Array, alpha: float) -> Array:
-    """Equations 14 and 161 of arXiv:2103.06476, in standard errors."""
+    """Equations 9 and 161 of arXiv:2103.06476, version 7, in standard errors."""
     rho_squared = (-2 * np.log(alpha) + np.log(-2 * np.log(alpha) + 1)) / 5000
     scaled = time * rho_squared
     return np.sqrt(2 * (scaled + 1) / scaled * np.log(np.sqrt(scaled + 1) / alpha))
 
 
-def _means(sums: Sequence[Sums], *, adjust: bool) -> list[tuple[Array, Array]]:
-    """Each arm's mean and its variance at all looks, without what is added for values of 0 and 1."""
-    theta: Array | float = 0.0
-    centre: Array | float = 0.0
-    if adjust:
-        centre = sum(each["wx"] for each in sums) / sum(each["kw"] for each in sums)
-        moments = [_moments(each, centre) for each in sums]
-        theta = sum(yz for _, yz, _, _, _ in moments) / sum(zz for _, _, zz, _, _ in moments)
-    found = []
-    for each in sums:
-        yy, yz, zz, y, z = _moments(each, centre)
-        n = each["w"] ** 2 / each["ww"]
-        found.append((y - theta * z, (yy - 2 * theta * yz + theta**2 * zz) * n / (n - 1)))
-    return found
+@dataclass(frozen=True)
+class _Mean:
+    value: Array
+    variance: Array
+    units: Array
+
+
+def _means(sums: Sequence[Sums], binary: Array) -> list[_Mean]:
+    """Each arm's mean at all looks, adjusted by covariates where there are enough that make lifts narrower."""
+    plain = [_mean(each, binary, 0.0, 0.0) for each in sums]
+    if "k" not in sums[0]:
+        return plain
+    centre = sum(each["wx"] for each in sums) / sum(each["kw"] for each in sums)
+    moments = [_moments(each, centre) for each in sums]
+    theta = sum(yz for _, yz, _, _, _ in moments) / sum(zz for _, _, zz, _, _ in moments)
+    adjusted = [_mean(each, binary, theta, centre) for each in sums]
+    enough = np.all([each["kw"] ** 2 >= COVARIATE_UNITS * each["kww"] for each in sums], axis=0)
+    used = enough & (sum(each.variance for each in adjusted) < sum(each.variance for each in plain))
+    return [
+        _Mean(np.where(used, ours.value, other.value), np.where(used, ours.variance, other.variance), other.units)
+        for ours, other in zip(adjusted, plain, strict=True)
+    ]
+
+
+def _mean(sums: Sums, binary: Array, theta: Array | float, centre: Array | float) -> _Mean:
+    yy, yz, zz, y, z = _moments(sums, centre) if "k" in sums else (*_plain_moments(sums), 0.0)
+    units = sums["w"] ** 2 / sums["ww"]
+    variance = yy - 2 * theta * yz + theta**2 * zz
+    added = 2 * (y**2 + (1 - y) ** 2) * sums["ww"] / sums["valued"] / sums["w"] ** 2
+    known = (units >= BURN_IN_UNITS) & (binary | (variance * sums["w"] ** 2 > 1e-12 * sums["wwyy"]))
+    variance = np.where(known, (variance + np.where(binary, added, 0.0)) * units / (units - 1), np.inf)
+    return _Mean(y - theta * z, variance, units)
+
+
+def _plain_moments(sums: Sums) -> tuple[Array, float, float, Array]:
+    y = sums["wy"] / sums["w"]
+    return (sums["wwyy"] - 2 * y * sums["wwy"] + y * y * sums["ww"]) / sums["w"] ** 2, 0.0, 0.0, y
 
 
 def _moments(sums: Sums, centre: Array | float) -> tuple[Array, ...]:
     """The variances and the covariance of the means of y and z, and these means."""
-    y, z = sums["wy"] / sums["w"], (sums["wx"] - centre * sums["kw"]) / sums["w"]
+    yy, _, _, y = _plain_moments(sums)
+    z = (sums["wx"] - centre * sums["kw"]) / sums["w"]
     wwz = sums["wwx"] - centre * sums["kww"]
-    yy = sums["wwyy"] - 2 * y * sums["wwy"] + y * y * sums["ww"]
     yz = sums["wwxy"] - centre * sums["kwwy"] - y * wwz - z * sums["wwy"] + y * z * sums["ww"]
     zz = sums["wwxx"] - 2 * centre * sums["wwx"] + centre**2 * sums["kww"] - 2 * z * wwz + z * z * sums["ww"]
-    return yy / sums["w"] ** 2, yz / sums["w"] ** 2, zz / sums["w"] ** 2, y, z
+    return yy, yz / sums["w"] ** 2, zz / sums["w"] ** 2, y, z
