@@ -16,7 +16,6 @@ from prompt_store.experiments.records import ExperimentRecord
 from prompt_store.ledger.sums import ExperimentSums, UnitSums
 from service.experiments.advice import advice_of, caveats_of
 from service.experiments.figures import (
-    ArmEstimate,
     Direction,
     Figures,
     GuardrailState,
@@ -48,9 +47,11 @@ def figures_of(
     arms = [experiment.control, *(arm for arm in record.weights if arm != experiment.control)]
 
     def figures(name: str, **role: Any) -> MetricFigures:
-        totals = _totals(arms, sums.metrics.get(name, ()))
-        found = estimates(totals, experiment.control, direction=directions[name], alpha=experiment.alpha)
-        return MetricFigures(name, directions[name], arms=tuple(found), boolean=name in booleans, **role)
+        totals, boolean = _totals(arms, sums.metrics.get(name, ())), name in booleans
+        found = estimates(
+            totals, experiment.control, direction=directions[name], alpha=experiment.alpha, boolean=boolean
+        )
+        return MetricFigures(name, directions[name], arms=found, boolean=boolean, **role)
 
     def guarded(guardrail: Guardrail) -> MetricFigures:
         limits = {"margin": guardrail.margin, "relative": guardrail.relative}
@@ -81,7 +82,7 @@ def figures_of(
         at_ms=now_ms,
         metrics=(decision, *guardrails, *beside),
         sample_ratio=_in_order(sample_ratio(sums.allocations), arms),
-        history=tuple(_history(arms, deciding, decision.direction, experiment.alpha, last_ms)),
+        history=tuple(_history(arms, deciding, decision, experiment.alpha, last_ms)),
         served=served,
         exposures=sums.exposures,
         units=sum(arm.units for arm in decision.arms),
@@ -172,9 +173,9 @@ def _totals(arms: Sequence[str], sums: Sequence[UnitSums]) -> dict[str, UnitSums
 
 
 def _history(
-    arms: Sequence[str], sums: Sequence[UnitSums], direction: Direction, alpha: float, last_ms: int
+    arms: Sequence[str], sums: Sequence[UnitSums], metric: MetricFigures, alpha: float, last_ms: int
 ) -> list[Moment]:
-    """The decision metric at the end of each interval of the sums, at most so many of them, the newest included."""
+    """The decision `metric` at the end of each interval of the sums, at most so many of them, the newest included."""
     control = arms[0]
     begun: dict[int, list[UnitSums]] = {}
     for each in sums:
@@ -189,7 +190,7 @@ def _history(
         totals = _totals(arms, [*totals.values(), *begun[start_ms]])
         if place not in kept:
             continue
-        known: Sequence[ArmEstimate] = estimates(totals, control, direction=direction, alpha=alpha)
+        known = estimates(totals, control, direction=metric.direction, alpha=alpha, boolean=metric.boolean)
         found.append(
             Moment(
                 end_ms,

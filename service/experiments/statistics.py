@@ -58,9 +58,12 @@ def _added(parts: list[UnitSums]) -> UnitSums:
 
 
 def estimates(
-    arms: Mapping[str, UnitSums], control: str, *, direction: Direction, alpha: float
+    arms: Mapping[str, UnitSums], control: str, *, direction: Direction, alpha: float, boolean: bool = False
 ) -> tuple[ArmEstimate, ...]:
     """One metric of every arm, the control first. `arms` has an entry for each arm, those without units included.
+
+    The mean of a `boolean` metric is between 0 and 1, its lifts between -1 and 1, so what is beyond is cut off their
+    sequences: it never held the truth. Sequences without bounds stay so, as too little is known for any.
 
     A mean is self-normalised by inverse propensity, sum(w y) / sum(w); each mean's interval is at `alpha`. A lift is
     the difference of two means with the sum of their variances, at alpha / (arms - 1), so that all lifts hold together
@@ -68,7 +71,7 @@ def estimates(
     Source: Hájek 1971; Waudby-Smith et al., arXiv:2103.06476 (`half_width`); Deng et al. 2013 (`_adjusted`).
     """
     known = {arm: sums for arm, sums in arms.items() if sums.valued}
-    binary = all(math.isclose(sums.wwyy, sums.wwy, rel_tol=1e-9) for sums in known.values())
+    binary = boolean or all(math.isclose(sums.wwyy, sums.wwy, rel_tol=1e-9) for sums in known.values())
     plain = {arm: _plain(sums, binary) for arm, sums in known.items()}
     adjusted = _adjusted(known, plain, binary)
     compared = adjusted or plain
@@ -77,16 +80,17 @@ def estimates(
         posteriors = {arm: NormalDist(mean.value, math.sqrt(mean.variance)) for arm, mean in compared.items()}
         best = probabilities_of_best(posteriors, direction)
     level = alpha / max(1, len(arms) - 1)
+    least, most = (0.0, 1.0) if boolean else (-math.inf, math.inf)
 
     def estimate(arm: str) -> ArmEstimate:
         lift = None
         if arm != control and arm in compared and control in compared:
-            lift = _interval(_less(compared[arm], compared[control]), level)
+            lift = _interval(_less(compared[arm], compared[control]), level, -most, most)
         return ArmEstimate(
             arm=arm,
             units=arms[arm].units,
             valued=arms[arm].valued,
-            mean=_interval(plain[arm], alpha) if arm in plain else None,
+            mean=_interval(plain[arm], alpha, least, most) if arm in plain else None,
             lift=lift,
             best=best.get(arm),
             adjusted=adjusted is not None and arm in adjusted,
@@ -130,7 +134,7 @@ def missing_differs(arms: Mapping[str, UnitSums], control: str, alpha: float) ->
         )
         for arm, each in arms.items()
     }
-    lifts = (each.lift for each in estimates(shares, control, direction="maximise", alpha=alpha))
+    lifts = (each.lift for each in estimates(shares, control, direction="maximise", alpha=alpha, boolean=True))
     return any(lift is not None and (lift.low > 0.0 or lift.high < 0.0) for lift in lifts)
 
 
@@ -174,8 +178,8 @@ def _variance(sums: UnitSums, squares: float, binary: bool) -> float:
     """The variance of a mean from `squares`, its sum(w^2 (y - m)^2); infinite where too little is known.
 
     With n effective units, n / (n - 1) corrects for the estimated mean. Outcomes that were all equal say nothing of
-    those to come, unless they are 0 or 1: then two units of each are added at a unit's mean w^2, so that no success in
-    n units leaves about 4 / n possible, and the interval always has a width.
+    those to come, unless they are `binary`, true or false: then two units of 0 and two of 1 are added at a unit's mean
+    w^2, so that no success in n units leaves about 4 / n possible, and the interval always has a width.
     Source: Agresti and Coull 1998, Approximate is better than exact, for two of each.
     """
     effective = sums.w * sums.w / sums.ww
@@ -241,6 +245,11 @@ def _less(mean: _Mean, other: _Mean) -> _Mean:
     return _Mean(mean.value - other.value, max(mean.variance + other.variance, alike), 4.0 / inverse)
 
 
-def _interval(mean: _Mean, alpha: float) -> Interval:
+def _interval(mean: _Mean, alpha: float, least: float, most: float) -> Interval:
     margin = half_width(mean.variance, mean.time, alpha)
-    return Interval(mean.value, mean.value - margin, mean.value + margin)
+    if math.isinf(margin):
+        return Interval(mean.value, -math.inf, math.inf)
+    estimate, low, high = (
+        min(max(each, least), most) for each in (mean.value, mean.value - margin, mean.value + margin)
+    )
+    return Interval(estimate, low, high)

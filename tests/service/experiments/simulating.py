@@ -79,16 +79,19 @@ def whole(units: Units, *, arms: int = 2, run: int = 0) -> dict[str, UnitSums]:
     return {ARMS[place]: sums_at(running(alone, place), place, 0, -1) for place in range(arms)}
 
 
-def alarms(units: Units, *, alpha: float, arms: int = 2, step: int = 1, truth: float = 0.0) -> list[Interval | None]:
+def alarms(
+    units: Units, *, alpha: float, arms: int = 2, step: int = 1, truth: float = 0.0, boolean: bool = False
+) -> list[Interval | None]:
     """By run, a lift's interval at some look that is without `truth`; None where there is none at any look.
 
     `estimates` is asked where a lift is the furthest beyond its boundary, by `excesses`.
     """
     sums = [running(units, place, step) for place in range(arms)]
+    how: dict[str, Any] = {"alpha": alpha, "boolean": boolean}
     found: list[Interval | None] = [None] * len(units.arm)
-    for place, excess in enumerate(np.abs(excesses(sums, alpha=alpha, truth=truth)), start=1):
+    for place, excess in enumerate(np.abs(excesses(sums, truth=truth, **how)), start=1):
         for run, look in enumerate(np.argmax(excess, axis=1)):
-            lift = estimates(at(sums, run, look), ARMS[0], direction="maximise", alpha=alpha)[place].lift
+            lift = estimates(at(sums, run, look), ARMS[0], direction="maximise", **how)[place].lift
             if lift is not None and not lift.low <= truth <= lift.high:
                 found[run] = lift
     return found
@@ -99,13 +102,13 @@ def at(sums: Sequence[Sums], run: int, look: int) -> dict[str, UnitSums]:
     return {ARMS[place]: sums_at(each, place, run, look) for place, each in enumerate(sums)}
 
 
-def excesses(sums: Sequence[Sums], *, alpha: float, truth: float = 0.0) -> Array:
+def excesses(sums: Sequence[Sums], *, alpha: float, truth: float = 0.0, boolean: bool = False) -> Array:
     """How far each lift is from `truth`, in half widths of its sequence; 0 where it has no bounds.
 
     [arms but the control, runs, looks]: what `estimates` says, for many sums at once.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        binary = np.all([np.isclose(each["wwyy"], each["wwy"], rtol=1e-9, atol=0.0) for each in sums], axis=0)
+        binary = boolean | np.all([np.isclose(each["wwyy"], each["wwy"], rtol=1e-9, atol=0.0) for each in sums], axis=0)
         control, *others = _means(sums, binary)
         level = alpha / len(others)
         found = []

@@ -106,6 +106,41 @@ def test_the_looks_that_are_chosen_are_the_worst(draw: Draw) -> None:
         assert found[1].adjusted == (x is not None)
 
 
+def visited(rng: Generator, share: float, units: int) -> tuple[Array, Array]:
+    """Units' arms, the smaller of which has this share, and how many requests each makes."""
+    arm = (rng.random((AT_ONCE, units)) < share).astype(int)
+    return arm, rng.integers(1, 11, arm.shape)
+
+
+@pytest.mark.parametrize("chance", [0.005, 0.3])
+def test_units_of_many_requests_that_fail_or_not_differ_no_more_often_than_alpha(chance: float) -> None:
+    rng = np.random.default_rng(9)
+    false = 0
+    for _ in range(RUNS // AT_ONCE):
+        arm, requests = visited(rng, 0.1, 3000)
+        of_unit = rng.beta(20 * chance, 20 * (1 - chance), arm.shape)
+        units = Units(arm, 1 / np.where(arm, 0.1, 0.9), rng.binomial(requests, of_unit) / requests)
+        false += sum(alarm is not None for alarm in alarms(units, alpha=ALPHA, step=4, boolean=True))
+
+    assert false <= most(ALPHA)
+
+
+def test_a_unit_counts_once_however_many_requests_it_makes() -> None:
+    rng = np.random.default_rng(10)
+    once = each = 0
+    for _ in range(RUNS // AT_ONCE):
+        arm, requests = visited(rng, 0.5, 1500)
+        of_unit = rng.lognormal(0.0, 1.0, arm.shape)
+        noise = rng.lognormal(0.0, 0.5, arm.shape)
+        units = Units(arm, np.full(arm.shape, 2.0), of_unit * noise ** (1 / requests))
+        repeated = Units(*(np.repeat(field, 8, axis=1) for field in (units.arm, units.w, units.y)))
+        once += sum(alarm is not None for alarm in alarms(units, alpha=ALPHA, step=3))
+        each += sum(alarm is not None for alarm in alarms(repeated, alpha=ALPHA, step=24))
+
+    assert once <= most(ALPHA)
+    assert each > 3 * most(ALPHA)
+
+
 def test_the_bound_is_felt_where_each_look_is_taken_for_the_only_one() -> None:
     rng = np.random.default_rng(1)
     false = 0

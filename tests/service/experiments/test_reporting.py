@@ -70,6 +70,30 @@ def test_the_control_comes_first_and_lifts_are_against_it() -> None:
     assert figures.sample_ratio.observed == {"control": 900, "candidate": 900}
 
 
+def test_what_is_known_of_a_boolean_stays_between_0_and_1_then_and_now() -> None:
+    parts = [
+        of_units(arm, shares(good, 150 - good), STARTED_MS + hour * HOUR_MS)
+        for hour in range(2)
+        for arm, good in (("candidate", 149), ("control", 1))
+    ]
+    told = [
+        figures_of(record(), sums(metrics={"helpful": parts}), DIRECTIONS, NOW_MS, booleans=booleans)
+        for booleans in (set(), {"helpful"})
+    ]
+    lows, highs = (
+        [
+            [getattr(each.means[arm], bound) for each in figures.history]
+            + [getattr(each.mean, bound) for each in figures.decision.arms if each.arm == arm]
+            for figures in told
+        ]
+        for arm, bound in (("control", "low"), ("candidate", "high"))
+    )
+    assert max(lows[0]) < 0.0
+    assert min(highs[0]) > 1.0
+    assert lows[1] == [0.0] * 3
+    assert highs[1] == [1.0] * 3
+
+
 def test_history_is_what_was_known_at_the_end_of_each_interval() -> None:
     figures = figures_of(record(), sums(), DIRECTIONS, NOW_MS)
     assert [moment.at_ms for moment in figures.history] == [STARTED_MS + hour * HOUR_MS for hour in (1, 2, 4)]

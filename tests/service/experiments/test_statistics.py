@@ -114,6 +114,35 @@ def test_outcomes_that_are_all_equal_say_nothing_of_others_unless_they_are_boole
         assert estimate.best == pytest.approx(0.5)
 
 
+def test_a_boolean_has_no_mean_beyond_0_and_1_and_no_lift_beyond_those_between_them() -> None:
+    shares = np.where(np.arange(400) % 2, np.arange(400) % 40 != 1, np.arange(400) % 40 == 0).astype(float)
+    sums = whole(halves(shares))
+    number, boolean = (
+        estimates(sums, "control", direction="maximise", alpha=1e-9, boolean=each) for each in (False, True)
+    )
+
+    for of_number, of_boolean, least, most in (
+        (number[0].mean, boolean[0].mean, 0.0, 1.0),
+        (number[1].mean, boolean[1].mean, 0.0, 1.0),
+        (number[1].lift, boolean[1].lift, -1.0, 1.0),
+    ):
+        assert of_number.low < least or of_number.high > most
+        assert of_boolean == Interval(of_number.estimate, max(of_number.low, least), min(of_number.high, most))
+    few = estimates(whole(halves(shares[:100])), "control", direction="maximise", alpha=0.05, boolean=True)
+    assert (few[1].mean.low, few[1].mean.high, few[1].lift.low) == (-math.inf, math.inf, -math.inf)
+
+
+def test_booleans_of_units_with_many_requests_are_as_uncertain_as_booleans() -> None:
+    rare = np.where(np.arange(2000) % 1000 < 2, 0.5, 0.0)
+    number, boolean = (
+        estimates(whole(halves(rare)), "control", direction="maximise", alpha=0.05, boolean=each)[0].mean
+        for each in (False, True)
+    )
+
+    assert boolean.high > 1.5 * number.high
+    assert number.low < boolean.low == 0.0
+
+
 def test_an_arm_without_units_has_no_estimate_and_the_others_keep_theirs() -> None:
     y = np.random.default_rng(3).normal(size=800)
     sums = whole(halves(y), arms=3)
