@@ -63,11 +63,10 @@ class Recorded:
     without_twice: Cell = field(default_factory=Cell)
     reported: Cell = field(default_factory=Cell)
 
-    def added_ms(self, cell: Cell, quantile_ms: str) -> float:
-        """The median over rounds of what a cell took beyond that without as many requests, in the same round."""
-        base = self.without if cell in (self.without, self.exposed) else self.without_twice
+    def added_ms(self, cell: Cell, base: Cell, quantile_ms: str) -> float:
+        """The median over rounds of what a cell took beyond another in the same round."""
         pairs = zip(getattr(cell, quantile_ms), getattr(base, quantile_ms), strict=True)
-        return median([taken - base for taken, base in pairs])
+        return median([taken - without for taken, without in pairs])
 
 
 def record(store: str, folder: Path, rounds: int, seconds: float) -> Recorded:
