@@ -7,6 +7,7 @@ import binascii
 import hmac
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 
 import msgspec
 
@@ -35,7 +36,7 @@ class GenerationTag:
 
 def unit_hash(unit: str, key: bytes) -> str:
     """The unit as records keep it: 64 bits in hex that only the holder of the store's key can connect with it."""
-    return hmac.digest(key, b"unit:" + unit.encode(), "sha256").hex()[:16]
+    return _digest(key, b"unit:" + unit.encode()).hex()[:16]
 
 
 def sign(tag: GenerationTag, key: bytes) -> str:
@@ -67,7 +68,19 @@ def verify(generation_id: str, key: bytes) -> GenerationTag:
 
 
 def _mac(body: bytes, key: bytes) -> bytes:
-    return hmac.digest(key, body, "sha256")[:_MAC_BYTES]
+    return _digest(key, body)[:_MAC_BYTES]
+
+
+def _digest(key: bytes, data: bytes) -> bytes:
+    """HMAC-SHA256. `hmac.digest` lets go of the interpreter's lock, for which the event loop then waits again."""
+    begun = _begun(key).copy()
+    begun.update(data)
+    return begun.digest()
+
+
+@lru_cache(16)
+def _begun(key: bytes) -> hmac.HMAC:
+    return hmac.new(key, digestmod="sha256")
 
 
 def _encode(data: bytes) -> str:
