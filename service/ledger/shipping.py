@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 # A batch takes the interpreter's lock, and where there is one processor that too, from requests for about half a
 # millisecond: few notice a small one. Where small ones do not keep up, they grow.
-_SMALLEST, _LARGEST = 32, 1024
+_SMALLEST, _LARGEST = 64, 1024
 _PAUSE_S = 0.005
 _LONGEST_WAIT_S = 30.0
 _ADOPT_EVERY_S = 60.0
