@@ -80,7 +80,7 @@ class MetricFigures:
 
 @dataclass(frozen=True, slots=True)
 class SampleRatio:
-    """Whether units came to arms as often as their probabilities say: an e-value, and its running p-value 1 / e.
+    """Whether units came to arms as often as their probabilities say: an e-value, and the p-value 1 / e.
 
     `mismatch` where p is below `alpha`. `expected` and `observed` are units by arm over all allocations.
     """

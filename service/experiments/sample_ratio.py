@@ -21,12 +21,14 @@ def sample_ratio(counts: Sequence[AllocationCount], *, alpha: float = 0.001) -> 
     """The sequential multinomial test against the probabilities of each allocation.
 
     The e-value is the mean of two, each a martingale of mean 1 in whatever order units arrive as long as the logged
-    probabilities hold. The first is the product over allocations of Dirichlet-multinomial Bayes factors (`_dirichlet`):
-    any mismatch, each allocation by itself. The second has one arm whose odds are off by the same factor in all
-    allocations (`_tilted`): an arm that loses units is found though Thompson sampling makes a short allocation an hour.
+    probabilities hold; an allocation may follow from all that came before it, as Thompson sampling's do. The first is
+    the product over allocations of Dirichlet-multinomial Bayes factors (`_dirichlet`): any mismatch, each allocation by
+    itself. The second has one arm whose odds are off by the same factor in all allocations (`_tilted`): an arm that
+    loses units is found though Thompson sampling makes a short allocation an hour.
     By Ville's inequality e reaches 1 / alpha at any time with probability alpha at most, so `mismatch` is valid at
     every look. p is 1 / e now; the least p so far would be as valid, but none is kept, so a mismatch may pass again.
-    Source: Lindon and Malek 2022, Anytime-valid inference for multinomial count data, arXiv:2011.03567.
+    Source: Lindon and Malek 2022, Anytime-valid inference for multinomial count data, arXiv:2011.03567, for the first
+    under one allocation; the product, the second and the mean are ours, and martingales for the same reason.
     """
     expected: dict[str, float] = {}
     observed: dict[str, int] = {}
