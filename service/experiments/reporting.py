@@ -190,7 +190,9 @@ def _history(
         totals = _totals(arms, [*totals.values(), *begun[start_ms]])
         if place not in kept:
             continue
-        known = estimates(totals, control, direction=metric.direction, alpha=alpha, boolean=metric.boolean)
+        known = estimates(
+            totals, control, direction=metric.direction, alpha=alpha, boolean=metric.boolean, chances=False
+        )
         found.append(
             Moment(
                 end_ms,

@@ -58,12 +58,19 @@ def _added(parts: list[UnitSums]) -> UnitSums:
 
 
 def estimates(
-    arms: Mapping[str, UnitSums], control: str, *, direction: Direction, alpha: float, boolean: bool = False
+    arms: Mapping[str, UnitSums],
+    control: str,
+    *,
+    direction: Direction,
+    alpha: float,
+    boolean: bool = False,
+    chances: bool = True,
 ) -> tuple[ArmEstimate, ...]:
     """One metric of every arm, the control first. `arms` has an entry for each arm, those without units included.
 
     The mean of a `boolean` metric is between 0 and 1, its lifts between -1 and 1, so what is beyond is cut off their
-    sequences: it never held the truth. Sequences without bounds stay so, as too little is known for any.
+    sequences: it never held the truth. Sequences without bounds stay so, as too little is known for any. Without
+    `chances` nothing is said of which arm is best, which takes the most time where there are more than two.
 
     A mean is self-normalised by inverse propensity, sum(w y) / sum(w); each mean's interval is at `alpha`. A lift is
     the difference of two means with the sum of their variances, at alpha / (arms - 1), so that all lifts hold together
@@ -76,7 +83,7 @@ def estimates(
     adjusted = _adjusted(known, plain, binary)
     compared = adjusted or plain
     best: Mapping[str, float] = {}
-    if len(known) == len(arms) > 1 and all(math.isfinite(mean.variance) for mean in compared.values()):
+    if chances and len(known) == len(arms) > 1 and all(math.isfinite(mean.variance) for mean in compared.values()):
         posteriors = {arm: NormalDist(mean.value, math.sqrt(mean.variance)) for arm, mean in compared.items()}
         best = probabilities_of_best(posteriors, direction)
     level = alpha / max(1, len(arms) - 1)
@@ -134,8 +141,8 @@ def missing_differs(arms: Mapping[str, UnitSums], control: str, alpha: float) ->
         )
         for arm, each in arms.items()
     }
-    lifts = (each.lift for each in estimates(shares, control, direction="maximise", alpha=alpha, boolean=True))
-    return any(lift is not None and (lift.low > 0.0 or lift.high < 0.0) for lift in lifts)
+    found = estimates(shares, control, direction="maximise", alpha=alpha, boolean=True, chances=False)
+    return any(each.lift is not None and (each.lift.low > 0.0 or each.lift.high < 0.0) for each in found)
 
 
 def guardrail_state(

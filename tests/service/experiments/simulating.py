@@ -91,7 +91,7 @@ def alarms(
     found: list[Interval | None] = [None] * len(units.arm)
     for place, excess in enumerate(np.abs(excesses(sums, truth=truth, **how)), start=1):
         for run, look in enumerate(np.argmax(excess, axis=1)):
-            lift = estimates(at(sums, run, look), ARMS[0], direction="maximise", **how)[place].lift
+            lift = estimates(at(sums, run, look), ARMS[0], direction="maximise", chances=False, **how)[place].lift
             if lift is not None and not lift.low <= truth <= lift.high:
                 found[run] = lift
     return found
