@@ -34,7 +34,7 @@ from training.initialise import initial_prompt
 from training.optimise import Optimiser, Step
 from training.publish import Verdict, gain, judge, publish
 from training.recipe import Recipe
-from training.scorers import metric_names
+from training.scorers import metric_names, reported_names
 
 _TRAINING_ATTENTION = "sdpa"
 
@@ -170,6 +170,11 @@ def tune_soft_prompt(
 def _check(recipe: Recipe, task: Task) -> None:
     """What would otherwise be found out after the training. Raises RecipeError or InvalidName."""
     known = metric_names(task)
+    if recipe.gate.metric in reported_names(task):
+        raise RecipeError(
+            f"gate.metric '{recipe.gate.metric}' is what callers report of answers, which held-out rows cannot say; "
+            f"choose {' or '.join(known)}, and compare '{recipe.gate.metric}' by an experiment"
+        )
     if recipe.gate.metric not in known:
         raise RecipeError(f"gate.metric '{recipe.gate.metric}' is not among the task's metrics: {', '.join(known)}")
     check_alias(recipe.publish.alias)

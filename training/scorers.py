@@ -8,7 +8,6 @@ from typing import Any
 
 from prompt_store.prompts.task import Task
 from training.dataset import Example
-from training.errors import RecipeError
 
 _NOT_JSON = object()
 
@@ -45,14 +44,14 @@ SCORERS: Mapping[str, Scorer] = {
 
 
 def metric_names(task: Task) -> list[str]:
-    """The metrics that a task is evaluated by. Raises RecipeError for one that no scorer here computes."""
-    names = [metric.name for metric in task.metrics] or ["accuracy" if task.kind == "classify" else "exact_match"]
-    for name in names:
-        if name not in SCORERS:
-            raise RecipeError(
-                f"task '{task.name}' has metric '{name}', which is not known; known: {', '.join(SCORERS)}"
-            )
-    return names
+    """The metrics that a task is evaluated by: those of its own that are computed here, else the one of its kind."""
+    own = [metric.name for metric in task.metrics if metric.name in SCORERS]
+    return own or ["accuracy" if task.kind == "classify" else "exact_match"]
+
+
+def reported_names(task: Task) -> list[str]:
+    """The task's metrics that no scorer computes: what came of answers, which callers report, says them."""
+    return [metric.name for metric in task.metrics if metric.name not in SCORERS]
 
 
 def _json(text: str) -> Any:

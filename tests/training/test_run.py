@@ -187,6 +187,16 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_gate_on_what_callers_report_is_refused_naming_what_is_computed(
+    tmp_path: Path, tune: Callable[..., list[Event]]
+) -> None:
+    recipe = write_recipe(tmp_path / "r", **{'metric = "accuracy"': 'metric = "helpful"'})
+    task = recipe.with_name("task.toml")
+    task.write_text(task.read_text() + '[[metrics]]\nname = "helpful"\ndirection = "maximise"\ntype = "boolean"\n')
+    with pytest.raises(RecipeError, match=r"gate\.metric 'helpful' is what callers report .* choose accuracy"):
+        tune(recipe)
+
+
 def test_a_stop_during_the_last_evaluation_publishes_nothing(
     tmp_path: Path, registry: Registry, tune: Callable[..., list[Event]]
 ) -> None:

@@ -6,7 +6,7 @@ from prompt_store.prompts.task import Metric, Task
 from training.dataset import Example
 from training.publish import judge
 from training.recipe import GateRecipe
-from training.scorers import exact_match, field_coverage, json_validity
+from training.scorers import exact_match, field_coverage, json_validity, metric_names, reported_names
 
 
 def example(answer: str, **inputs: str) -> Example:
@@ -59,3 +59,24 @@ def test_the_gate_knows_which_way_is_better(direction: str, gain: float) -> None
     verdict = judge(gate(0.25), task, {"m": 0.75}, {"m": 0.5}, "text prompt")
     assert (verdict.gain, verdict.passed) == (gain, gain >= 0.25)
     assert judge(gate(0.1), task, {"m": 0.9}, {"m": 0.8}, "x").passed is (direction == "maximise")
+
+
+@pytest.mark.parametrize(
+    ("kind", "metrics", "computed", "reported"),
+    [
+        ("classify", ["helpful", "accuracy", "stars"], ["accuracy"], ["helpful", "stars"]),
+        ("classify", ["helpful"], ["accuracy"], ["helpful"]),
+        ("generate", ["helpful"], ["exact_match"], ["helpful"]),
+        ("generate", ["field_coverage", "exact_match"], ["field_coverage", "exact_match"], []),
+        ("generate", [], ["exact_match"], []),
+    ],
+)
+def test_a_task_is_evaluated_by_what_a_scorer_computes_and_otherwise_by_the_metric_of_its_kind(
+    kind: str, metrics: list[str], computed: list[str], reported: list[str]
+) -> None:
+    task = Task(
+        name="t", kind=kind, inputs=("x",), messages=[{"role": "user", "content": "{x}"}],
+        labels=("red", "blue") if kind == "classify" else (),
+        metrics=[Metric(name=name, direction="maximise") for name in metrics],
+    )  # fmt: skip
+    assert (metric_names(task), reported_names(task)) == (computed, reported)

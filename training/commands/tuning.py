@@ -86,7 +86,7 @@ def calibrate(
 ) -> None:
     """Find from which confidence on a version's answers are good enough for a cascade, and keep it with the version.
 
-    A running service is asked every row. An answer is worth what the task's first metric says.
+    A running service is asked every row. An answer is worth what the task's first metric that tuning computes says.
     """
     from prompt_store.access import command_line_principal
     from prompt_store.routing.calibrations import Calibration
@@ -241,6 +241,8 @@ class _Display:
         raise AssertionError("a run ended without saying how")
 
     def _start(self, event: Started) -> None:
+        from training.scorers import reported_names
+
         dataset = event.dataset
         self._console.print(
             f"{event.task.name}: {len(dataset.train)} rows to train on, {len(dataset.validation)} to validate, "
@@ -248,6 +250,12 @@ class _Display:
         )
         for line in dataset.findings.lines(_NAMED_ROWS):
             self._console.print(line, style="yellow", markup=False)
+        if left_out := reported_names(event.task):
+            self._console.print(
+                f"Not evaluated here, as only reported outcomes say it: {', '.join(left_out)}",
+                style="yellow",
+                markup=False,
+            )
         if event.resumed_at:
             self._console.print(f"Resumed from the checkpoint of step {event.resumed_at}.")
         self._bar.update(self._line, description=event.task.name, total=event.max_steps, completed=event.resumed_at)
