@@ -18,6 +18,8 @@ version = "candidate"              # or route = "cheap", a part by its name, or 
 backend = "local"
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,21 @@ from prompt_store.routing.files import LARGEST_FILE_BYTES, Expansion
 from prompt_store.routing.toml_lines import lines_of, located, read_toml
 
 
-def load_experiment(path: Path) -> Experiment:
+@dataclass(frozen=True)
+class ExperimentFile:
+    """The experiment that a file declares, and where in it what is declared."""
+
+    path: Path
+    experiment: Experiment
+    _lines: Mapping[Place, int]
+    _sources: Mapping[Place, Place]
+
+    def located(self, error: InvalidExperiment) -> InvalidExperiment:
+        """What is wrong with the experiment, as the store says it, with the file's lines."""
+        return InvalidExperiment.of(located(self.path, error.problems, self._lines, self._sources))
+
+
+def load_experiment(path: Path) -> ExperimentFile:
     """Raises InvalidExperiment with every problem, each with file and line."""
     document, text = read_toml(path, LARGEST_FILE_BYTES, InvalidExperiment)
     problems: list[RouteProblem] = []
@@ -37,9 +53,10 @@ def load_experiment(path: Path) -> Experiment:
         experiment = parse_experiment(whole)
     except InvalidExperiment as error:
         problems += error.problems or [RouteProblem((), str(error))]
+    lines = lines_of(text)
     if problems:
-        raise InvalidExperiment.of(located(path, problems, lines_of(text), sources))
-    return experiment
+        raise InvalidExperiment.of(located(path, problems, lines, sources))
+    return ExperimentFile(path, experiment, lines, sources)
 
 
 def _expanded(document: dict[str, Any], problems: list[RouteProblem], sources: dict[Place, Place]) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from prompt_store.commands.printing import in_words, print_json, print_table
 from prompt_store.errors import InvalidExperiment
 
 if TYPE_CHECKING:
+    from prompt_store.experiments.experiment import Experiment
     from prompt_store.experiments.records import ExperimentRecord
+    from prompt_store.experiments.starting import StartPlan
     from service.experiments.acting import Report
     from service.experiments.figures import ArmEstimate, MetricFigures
 
@@ -74,37 +76,17 @@ def start(
 ) -> None:
     """Start an experiment: from now on, units of its task are answered by its arms."""
     from prompt_store.experiments.files import load_experiment
-    from service.experiments.reporting import record_document
 
     with opened(store) as registry, _problems_by_line():
-        experiment = load_experiment(file)
-        if dry_run:
-            planned = registry.check_experiment(experiment)
-            if as_json:
-                print_json(
-                    {
-                        "experiment": experiment.document(),
-                        "versions": {arm: list(labels) for arm, labels in planned.versions.items()},
-                        "weights": dict(planned.weights),
-                        "route": planned.route.document(),
-                        "warnings": list(planned.warnings),
-                    }
-                )
-                return
-            _print_arms(planned.weights, planned.versions)
-            for warning in planned.warnings:
-                typer.echo(f"warning: {warning}")
-            typer.echo(f"{experiment.name} would start on {experiment.task}; leave --dry-run out to start it")
-            return
-        record = registry.start_experiment(experiment, command_line_principal(), reason=reason)
-        if as_json:
-            print_json(record_document(record))
-            return
-        _print_arms(record.weights, record.versions)
-        typer.echo(
-            f"{experiment.name} runs on {experiment.task}; `softcue experiments show {experiment.name}` says what is "
-            "known of it"
-        )
+        declared = load_experiment(file)
+        experiment = declared.experiment
+        try:
+            if dry_run:
+                _print_trial(experiment, registry.check_experiment(experiment), as_json)
+            else:
+                _print_started(registry.start_experiment(experiment, command_line_principal(), reason=reason), as_json)
+        except InvalidExperiment as error:
+            raise declared.located(error) from error
 
 
 @app.command()
@@ -262,6 +244,35 @@ def _parsed(shares: Sequence[str]) -> dict[str, float]:
     return found
 
 
+def _print_trial(experiment: Experiment, planned: StartPlan, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "experiment": experiment.document(),
+                "versions": {arm: list(labels) for arm, labels in planned.versions.items()},
+                "weights": dict(planned.weights),
+                "route": planned.route.document(),
+                "warnings": list(planned.warnings),
+            }
+        )
+        return
+    _print_arms(planned.weights, planned.versions)
+    for warning in planned.warnings:
+        typer.echo(f"warning: {warning}")
+    typer.echo(f"{experiment.name} would start on {experiment.task}; leave --dry-run out to start it")
+
+
+def _print_started(record: ExperimentRecord, as_json: bool) -> None:
+    from service.experiments.reporting import record_document
+
+    if as_json:
+        print_json(record_document(record))
+        return
+    name = record.experiment.name
+    _print_arms(record.weights, record.versions)
+    typer.echo(f"{name} runs on {record.experiment.task}; `softcue experiments show {name}` says what is known of it")
+
+
 def _print_arms(weights: Mapping[str, float], versions: Mapping[str, Sequence[str]]) -> None:
     print_table(
         ("arm", "weight", "versions"),
@@ -279,8 +290,9 @@ def _print_ended(record: ExperimentRecord, said: str, as_json: bool) -> None:
 
 
 def _print_metric(metric: MetricFigures, found: Report) -> None:
-    from service.experiments.wording import scale_of, share
+    from service.experiments.wording import confidence, scale_of, share
 
+    sequence = f"{confidence(found.figures.alpha)} sequence"
     scale, decides = scale_of(metric), metric.role == "decision"
 
     def row(arm: ArmEstimate) -> tuple[str, ...]:
@@ -296,9 +308,9 @@ def _print_metric(metric: MetricFigures, found: Report) -> None:
         *(("weight", "units") if decides else ()),
         "with a value",
         "mean",
-        "sequence",
+        sequence,
         "lift",
-        "sequence",
+        sequence,
         *(("is best",) if decides else ()),
         *(("guardrail",) if metric.states is not None else ()),
     )

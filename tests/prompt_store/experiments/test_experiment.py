@@ -141,7 +141,7 @@ promote = true
 def test_a_file_is_read_with_its_parts_in_their_places(tmp_path: Path) -> None:
     file = tmp_path / "tone.toml"
     file.write_text(FILE)
-    read = load_experiment(file)
+    read = load_experiment(file).experiment
     own = read.arms[1].route
     assert own is not None
     assert own.model_dump(exclude_none=True) == fallback(leaf("v2"), leaf("v3")) | {"routes": (leaf("v2"), leaf("v3"))}
