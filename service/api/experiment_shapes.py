@@ -161,7 +161,7 @@ class MomentBody(BaseModel):
 
 
 class ServedBody(BaseModel):
-    """Of an arm's generations, those that a version on a backend answered."""
+    """Of an arm's generations, those that a version on a backend answered: by its digest, and by its label, if any."""
 
     arm: str
     version: str
@@ -169,6 +169,7 @@ class ServedBody(BaseModel):
     generations: int
     units: int
     mean: float | None
+    label: str | None
 
 
 @pydantic_dataclass

@@ -42,7 +42,8 @@ def report(registry: Registry, name: str, now_ms: int) -> Report:
     )
     directions = {metric: rule.direction for metric, rule in rules.items()}
     booleans = {metric for metric, rule in rules.items() if rule.type == "boolean"}
-    return Report(record, figures_of(record, sums, directions, now_ms, booleans=booleans))
+    labels = {version.digest: version.label for version in registry.versions(experiment.task)}
+    return Report(record, figures_of(record, sums, directions, now_ms, booleans=booleans, labels=labels))
 
 
 def html_report(registry: Registry, found: Report) -> str:

@@ -95,7 +95,10 @@ class SampleRatio:
 
 @dataclass(frozen=True, slots=True)
 class ServedFigures:
-    """As served: of one arm's generations, those that a version on a backend answered. A description, no comparison."""
+    """As served: of one arm's generations, those that a version on a backend answered. A description, no comparison.
+
+    `version` is a digest, and `label` what people call it; None where it was deleted, or the base answered alone.
+    """
 
     arm: str
     version: str
@@ -103,6 +106,7 @@ class ServedFigures:
     generations: int
     units: int
     mean: float | None
+    label: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

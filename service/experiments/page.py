@@ -94,10 +94,10 @@ class _Page:
         """What stands in large figures: how much was seen, for how long, and how sure the best arm is."""
         record, figures = self.record, self.figures
         until_s = figures.at_ms / 1000 if record.ended_at is None else record.ended_at.timestamp()
-        days = max(until_s - record.started_at.timestamp(), 0.0) / 86400
-        lasted = f"{days:.1f} days" if days >= 2 else f"{24 * days:.1f} hours"
+        lasted = wording.duration(max(until_s - record.started_at.timestamp(), 0.0))
         best = max((arm for arm in figures.decision.arms if arm.best is not None), key=_best, default=None)
-        sure = [(f"{best.arm} is best", wording.share(best.best))] if best is not None and figures.units else []
+        readable = figures.units and not figures.sample_ratio.mismatch
+        sure = [(f"{best.arm} is best", wording.share(best.best))] if best is not None and readable else []
         return [
             ("units", f"{figures.units:,}"),
             ("exposures", f"{figures.exposures:,}"),
@@ -259,7 +259,7 @@ class _Page:
         return {
             "arm": served.arm,
             "colour": self._colour(served.arm),
-            "version": served.version,
+            "version": served.label or served.version[:12],
             "backend": served.backend,
             "generations": f"{served.generations:,}",
             "share": wording.share(served.generations / generations if generations else None, 1),

@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from prompt_store.experiments.experiment import Guardrail
@@ -41,8 +42,12 @@ def figures_of(
     now_ms: int,
     *,
     booleans: Collection[str] = (),
+    labels: Mapping[str, str] = MappingProxyType({}),
 ) -> Figures:
-    """All figures of an experiment; `booleans` are those of its metrics whose values are true or false."""
+    """All figures of an experiment.
+
+    `booleans` are those of its metrics whose values are true or false, `labels` those of versions by their digest.
+    """
     experiment = record.experiment
     arms = [experiment.control, *(arm for arm in record.weights if arm != experiment.control)]
 
@@ -70,7 +75,9 @@ def figures_of(
     decision = figures(experiment.metric, role="decision")
     deciding = [each for each in sums.metrics.get(experiment.metric, ()) if each.arm in arms]
     served = tuple(
-        ServedFigures(each.arm, each.version, each.backend, each.generations, each.units, each.mean)
+        ServedFigures(
+            each.arm, each.version, each.backend, each.generations, each.units, each.mean, labels.get(each.version)
+        )
         for each in sorted(sums.served, key=lambda each: (_place(arms, each.arm), -each.generations))
     )
     last_ms = now_ms if record.ended_at is None else min(now_ms, round(record.ended_at.timestamp() * 1000))

@@ -86,6 +86,16 @@ def share(value: float | None, decimals: int = 0) -> str:
     return f"< {10.0 ** -(decimals + 2):.{decimals}%}" if value > 0.0 and text == f"{0:.{decimals}%}" else text
 
 
+def duration(seconds: float) -> str:
+    """2.5 days, 7.0 hours or 3 minutes."""
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:.1f} days"
+    if seconds >= 2 * 3600:
+        return f"{seconds / 3600:.1f} hours"
+    minutes = int(seconds / 60)
+    return f"{minutes} minute{'' if minutes == 1 else 's'}"
+
+
 def confidence(alpha: float) -> str:
     """95% of alpha 0.05."""
     return f"{100 * (1 - alpha):.4g}%"

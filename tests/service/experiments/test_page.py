@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -91,6 +92,22 @@ def test_every_plot_is_named_and_told_and_every_table_has_a_caption() -> None:
         assert {title, description} <= set(named)
     assert len(found.named("table")) == len(found.named("caption")) == 4
     assert "Now: candidate +4.1 points (1.2 to 7.0)" in " ".join(found.text)
+
+
+def test_while_units_are_missing_no_arm_is_called_the_best() -> None:
+    assert "candidate is best" in page(usual()).text
+    broken = ratio({"control": 6172, "candidate": 5000}, {"control": 5586.0, "candidate": 5586.0}, 1e-9)
+    assert not [text for text in page(replace(usual(), sample_ratio=broken)).text if text.endswith("is best")]
+
+
+def test_what_answered_is_named_as_its_arm_names_it() -> None:
+    served = (
+        ServedFigures("control", "a" * 64, "local", 3, 2, 0.5, "v1"),
+        ServedFigures("candidate", "b" * 64, "local", 3, 2, 0.5),
+    )
+    text = page(replace(usual(), served=served)).text
+    assert text[text.index("Of the arm's") :].count("v1") == 1
+    assert "b" * 12 in text
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing() -> None:

@@ -94,6 +94,11 @@ def test_what_is_known_of_a_boolean_stays_between_0_and_1_then_and_now() -> None
     assert highs[1] == [1.0] * 3
 
 
+def test_what_was_served_has_the_label_of_its_version() -> None:
+    figures = figures_of(record(), sums(), DIRECTIONS, NOW_MS, labels={"a" * 64: "v1"})
+    assert [(each.arm, each.label) for each in figures.served] == [("control", "v1"), ("candidate", None)]
+
+
 def test_history_is_what_was_known_at_the_end_of_each_interval() -> None:
     figures = figures_of(record(), sums(), DIRECTIONS, NOW_MS)
     assert [moment.at_ms for moment in figures.history] == [STARTED_MS + hour * HOUR_MS for hour in (1, 2, 4)]

@@ -1,7 +1,7 @@
 import pytest
 
 from service.experiments.figures import Interval
-from service.experiments.wording import Scale, p_value, share
+from service.experiments.wording import Scale, duration, p_value, share
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,9 @@ def test_what_is_almost_certain_is_not_said_to_be_so() -> None:
     ]  # fmt: skip
     assert share(0.9999) == "> 99%"
     assert [p_value(value) for value in (0.000001, 0.0321, 1.0)] == ["p < 0.0001", "p = 0.032", "p = 1"]
+
+
+def test_how_long_an_experiment_runs_is_said_in_the_unit_that_fits() -> None:
+    assert [duration(seconds) for seconds in (5, 60, 150, 7200, 172_800)] == [
+        "0 minutes", "1 minute", "2 minutes", "2.0 hours", "2.0 days",
+    ]  # fmt: skip
