@@ -41,7 +41,7 @@ def find_metric(task: Task, name: str) -> MetricRule:
             return MetricRule(name, metric.direction, metric.type)
     names = [*(metric.name for metric in task.metrics), *AUTOMATIC, DEMONSTRATION]
     near = nearest_name(name, names)
-    hint = f"did you mean {near!r}? Otherwise add it" if near else f"it has {', '.join(names)}; add it"
+    hint = f"did you mean {near!r}? Otherwise add it" if near else f"name one of {', '.join(names)}, or add it"
     raise InvalidOutcome(f"task {task.name!r} has no metric {name[:64]!r}; {hint} to the task's `metrics`")
 
 

@@ -184,7 +184,8 @@ def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> 
         message = "the body is not a JSON object; send one"
     elif problems and isinstance(problems[0], dict):
         parameter = str(problems[0].get("key") or "") or None
-        message = f"{parameter or 'the body'}: {problems[0].get('message', message)}"
+        told = str(problems[0].get("message", message)).removeprefix("Value error, ")
+        message = f"{parameter or 'the body'}: {told}"
     elif error.status_code == 413:
         limit = request.route_handler.resolve_request_max_body_size()
         message = f"the body is larger than the limit of {limit} bytes; send less, or raise server.max_body_bytes"

@@ -62,4 +62,5 @@ def parse_body(model: type[B], body: bytes) -> B:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         parameter = ".".join(str(part) for part in problem["loc"]) or None
-        raise InvalidBody(f"{parameter or 'the body'}: {problem['msg']}", parameter) from error
+        told = problem["msg"].removeprefix("Value error, ")
+        raise InvalidBody(f"{parameter or 'the body'}: {told}", parameter) from error

@@ -79,7 +79,7 @@ def test_a_value_of_the_metrics_type_is_taken(name: str, value: Any, kept: Any) 
     ("name", "value", "reason"),
     [
         ("helpfull", True, "task 'support_intents' has no metric 'helpfull'; did you mean 'helpful'?"),
-        ("zzz", True, "has no metric 'zzz'; it has accuracy, helpful, comment, latency_ms"),
+        ("zzz", True, "has no metric 'zzz'; name one of accuracy, helpful, comment, latency_ms"),
         ("latency_ms", 3.0, "'latency_ms' is measured by the service itself; report another metric"),
         ("helpful", 1, "metric 'helpful' is true or false and was given a number; give true or false"),
         ("helpful", "true", "metric 'helpful' is true or false and was given text; give true or false"),

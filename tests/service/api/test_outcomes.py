@@ -104,6 +104,17 @@ async def test_the_same_twice_is_once_and_the_newest_holds_in_whatever_order_it_
     assert values(store) == {"stars": 5.0}
 
 
+async def test_bodies_of_another_shape_are_refused_in_our_words(client: AsyncTestClient[Any]) -> None:
+    generation = await answered(client)
+    for body, said in (
+        ({"metric": "helpful"}, "the body: metric or value is missing; give both, or several outcomes"),
+        ({"metric": "helpful", "value": [True]}, "value: give true or false, a number, or text"),
+        ({"metric": "helpful", "value": True, "at": []}, "at: give an ISO time with its zone, or Unix seconds"),
+    ):
+        status, _, _, message = refusal(await report(client, generation, **body))
+        assert (status, message.startswith(said)) == (400, True), message
+
+
 async def test_several_outcomes_of_an_answer_are_taken_at_once(store: Store) -> None:
     several = [
         {"metric": "helpful", "value": False},
