@@ -89,8 +89,8 @@ class Outcome(Struct, frozen=True, array_like=True, tag="outcome"):
 class Captured(Struct, frozen=True, array_like=True, tag="captured"):
     """A request and its answer, kept until `expires_ms`, of a task that its operator opted in.
 
-    `inputs` are by the task's fields, None of a conversation or raw text, which is in `prompt`. `revision` is the
-    digest of the task's revision.
+    `inputs` are by the task's fields, as a chat of a single turn has them of a task with a single one. They are None of
+    other conversations and of raw text, which are in `prompt`. `revision` is the digest of the task's revision.
     """
 
     request: str

@@ -12,14 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from prompt_store.ledger.entries import Answered, Captured, Entry, Exposure
+from prompt_store.prompts.revisions import TaskRevision
+from prompt_store.prompts.task import Task
 from prompt_store.prompts.unreadable import Unreadable
 from service.engines.base import Messages, Prompt, RawText
 from service.ledger.journal import JournalUnavailable
 from service.metrics import Metrics
 from service.routing.execute import Exposed
 from service.routing.extracting import extract
-from service.routing.leaf_classification import ClassifyWork
+from service.routing.leaf_classification import ClassifyWork, LabelQuestion
 from service.routing.leaf_generation import GenerateWork
+from service.routing.questions import Question, only_input
 from service.routing.record import Record
 from service.routing.run import Run
 
@@ -118,19 +121,18 @@ class Recorder:
             )
         )
         if run.captured and finished and target is not None and target.task is not None:
-            self._capture(record, work, target.task.digest, version, text)
+            self._capture(record, work, target.task, version, text)
 
     def _capture(
-        self, record: Record, work: GenerateWork | ClassifyWork, revision: str, version: str, answer: str
+        self, record: Record, work: GenerateWork | ClassifyWork, task: TaskRevision, version: str, answer: str
     ) -> None:
         run = record.run
         capturing = self._captures[run.plan.name]
-        question = work.question
-        prompt = "" if question.inputs is not None else _as_text(question.request.prompt)
+        given, prompt = _asked(task.task, work.question)
         try:
             inputs = None
-            if question.inputs is not None:
-                inputs = {name: capturing.redact(text) for name, text in question.inputs.items()}
+            if given is not None:
+                inputs = {name: capturing.redact(text) for name, text in given.items()}
             prompt, answer = capturing.redact(prompt), capturing.redact(answer)
         except Exception:  # the hook is its operator's own code, and no text is kept that it did not pass
             self._metrics.captures_failed.labels(run.plan.name).inc()
@@ -143,7 +145,7 @@ class Recorder:
             Captured(
                 request=run.id,
                 task=run.plan.name,
-                revision=revision,
+                revision=task.digest,
                 version=version,
                 unit_hash=run.unit_hash,
                 inputs=inputs,
@@ -164,6 +166,19 @@ class Recorder:
             self._losing = True
         else:
             self._losing = False
+
+
+def _asked(task: Task, question: Question | LabelQuestion) -> tuple[Mapping[str, str] | None, str]:
+    """Inputs by the task's fields, or without them the text.
+
+    A conversation of more than a single turn is kept whole, as its answer is due to all of it.
+    """
+    if question.inputs is not None:
+        return question.inputs, ""
+    prompt = question.request.prompt
+    alone = isinstance(prompt, Messages) and len(prompt.messages) == 1
+    inputs = only_input(task, prompt) if alone else None
+    return (inputs, "") if inputs is not None else (None, _as_text(prompt))
 
 
 def _as_text(prompt: Prompt) -> str:

@@ -31,7 +31,7 @@ from service.routing.extracting import extract
 from service.routing.leaf_classification import LabelQuestion
 from service.routing.outcome_rules import outcome_of, revision_with
 from service.routing.plan import Plan
-from service.routing.questions import Question
+from service.routing.questions import Question, only_input
 from service.routing.run import Run
 from service.routing.shadowing import Said
 
@@ -147,18 +147,9 @@ class Judges:
 def judged_inputs(task: Task, question: Question | LabelQuestion) -> Mapping[str, str] | None:
     """The inputs that a question came with, by the task's fields; None where it has none.
 
-    A conversation of a single turn is the one input of a task that has only one. Of a longer one the judge would not
-    know what the answer was to, and raw text is a prompt already.
+    Of a longer conversation the judge would not know what the answer was to, and raw text is a prompt already.
     """
-    if question.inputs is not None:
-        return question.inputs
-    prompt = question.request.prompt
-    if not isinstance(prompt, Messages) or prompt.wire or len(task.inputs) != 1:
-        return None
-    turns = [turn for turn in prompt.messages if turn.role != "system"]
-    if len(turns) != 1 or turns[0].role != "user":
-        return None
-    return {task.inputs[0]: turns[0].content}
+    return question.inputs if question.inputs is not None else only_input(task, question.request.prompt)
 
 
 def verdict(task: Task, text: str, scores: Mapping[str, float]) -> float | None:

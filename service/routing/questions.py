@@ -61,6 +61,19 @@ class Question:
         return chat_prompt(target, prompt) if isinstance(prompt, Messages) else raw_prompt(target, prompt)
 
 
+def only_input(task: Task, prompt: Prompt) -> Mapping[str, str] | None:
+    """What a conversation of a single turn asks a task that has only one input; None where that is not known whole.
+
+    What a system said before it is passed over.
+    """
+    if not isinstance(prompt, Messages) or prompt.wire or len(task.inputs) != 1:
+        return None
+    turns = [turn for turn in prompt.messages if turn.role != "system"]
+    if len(turns) != 1 or turns[0].role != "user":
+        return None
+    return {task.inputs[0]: turns[0].content}
+
+
 def remote_model(target: Target) -> str | None:
     """The model as its provider knows it; None where a backend's own model answers."""
     if target.version is not None and isinstance(target.version.payload, RemoteModelPayload):

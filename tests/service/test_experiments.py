@@ -227,6 +227,22 @@ async def test_nothing_is_captured_unless_a_task_is_opted_in_and_then_as_its_hoo
     assert [row["experiment"] for row in rows(store, answers)] == ["", ""]
 
 
+async def test_a_chat_of_one_turn_is_captured_as_the_only_input_of_its_task(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOFTCUE_TESTERS", KEY)
+    asked = {"role": "user", "content": "hi there"}
+    async with opened(store, intents={"redact": "string:capwords"}) as client:
+        await ready(client)
+        for messages in ([asked], [{"role": "system", "content": "be kind"}, asked]):
+            sent = await client.post("/v1/chat/completions", json={"model": "intents", "messages": messages})
+            assert sent.status_code == 200
+    alone, longer = rows(store, captures)
+    assert (alone["inputs"], alone["prompt"]) == ('{"message": "Hi There"}', "")
+    assert longer["inputs"] is None
+    assert "kind" in longer["prompt"].lower()
+
+
 async def test_an_extract_tasks_json_is_checked_for_the_experiment(store: Store) -> None:
     store.task(QUERY)
     for seed, alias in ((1, "production"), (2, None)):
