@@ -336,7 +336,8 @@ exposures = Table(
     Column("at_ms", BigInteger, nullable=False),
     _principal(),
     CheckConstraint("probability > 0 AND probability <= 1", name="probability"),
-    Index(None, "experiment", "unit_hash", "allocation", "at_ms"),
+    # All that is asked of an experiment's exposures: reports read this alone.
+    Index("ix_exposures_report", "experiment", "unit_hash", "allocation", "arm", "probability", "at_ms", "forced"),
     Index(None, "unit_hash"),
     Index(None, "at_ms"),
 )
@@ -362,6 +363,7 @@ answers = Table(
     Column("at_ms", BigInteger, nullable=False),
     _principal(),
     Index(None, "experiment", "at_ms"),
+    Index(None, "task", "at_ms"),
     Index(None, "unit_hash"),
     Index(None, "at_ms"),
 )

@@ -17,7 +17,8 @@ from sqlalchemy import (
     Connection,
     Float,
     Integer,
-    and_,
+    RowMapping,
+    Table,
     case,
     cast,
     func,
@@ -25,6 +26,7 @@ from sqlalchemy import (
     or_,
     select,
     text,
+    true,
 )
 from sqlalchemy.dialects.postgresql import distinct_on
 
@@ -35,6 +37,11 @@ from prompt_store.tables import allocations, answers, exposures, outcomes
 
 _INTERVALS = 60
 _VERSION_DIGITS = 16
+_PRODUCTS = ("valued", "y", "yy", "k", "ky", "x", "xx", "xy")
+
+# Sorts of some 100 MB; statements whose compilation would take longer than they do; a whole index, read in its order;
+# and joins of as many rows as there are units, which PostgreSQL takes for a few hundred.
+_SETTINGS = "work_mem = '256MB'", "jit = off", "random_page_cost = 1.1", "enable_nestloop = off"
 
 Missing = Literal["ignore", "zero"]
 
@@ -48,48 +55,22 @@ def experiment_sums(
     without one had no answer, and is left out in any case.
     """
     if connection.dialect.name == "postgresql":
-        # Sorts of some 100 MB, and statements whose compilation would take longer than they do.
-        connection.execute(text("SET LOCAL work_mem = '256MB'"))
-        connection.execute(text("SET LOCAL jit = off"))
-    exposed, crossed, first_ms, last_ms = _overview(connection, name)
+        for setting in _SETTINGS:
+            connection.execute(text(f"SET LOCAL {setting}"))
+    rows = _sums(connection, name, task, metrics, missing, started_ms)
     forced, held_out = _apart(connection, name)
-    sums, counts = _sums(connection, name, task, metrics, missing, started_ms, (first_ms, last_ms))
+    counts: defaultdict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for row in rows:
+        counts[row["allocation"]][row["arm"]] += row["units"]
     return ExperimentSums(
-        metrics=sums,
+        metrics={metric: _weighted(rows, place) for place, metric in enumerate(metrics)},
         allocations=_allocations(connection, task, name, counts),
         served=_served(connection, name, metrics[0]),
-        exposures=exposed,
-        crossed=crossed,
+        exposures=int(rows[0]["exposures"]) if rows else 0,
+        crossed=int(rows[0]["crossed"]) if rows else 0,
         forced=forced,
         held_out=held_out,
     )
-
-
-def _drawn(name: str) -> ColumnElement[bool]:
-    return and_(exposures.c.experiment == name, ~exposures.c.forced, exposures.c.arm != HOLDOUT)
-
-
-def _overview(connection: Connection, name: str) -> tuple[int, int, int, int]:
-    """Exposures, units that saw several arms, and when the first and the last unit was first exposed."""
-    units = (
-        select(
-            func.count().label("exposures"),
-            case((func.min(exposures.c.arm) != func.max(exposures.c.arm), 1), else_=0).label("crossed"),
-            func.min(exposures.c.at_ms).label("since"),
-        )
-        .where(_drawn(name))
-        .group_by(exposures.c.unit_hash)
-        .subquery()
-    )
-    row = connection.execute(
-        select(
-            func.coalesce(func.sum(units.c.exposures), 0),
-            func.coalesce(func.sum(units.c.crossed), 0),
-            func.coalesce(func.min(units.c.since), 0),
-            func.coalesce(func.max(units.c.since), 0),
-        )
-    ).one()
-    return int(row[0]), int(row[1]), int(row[2]), int(row[3])
 
 
 def _apart(connection: Connection, name: str) -> tuple[int, int]:
@@ -104,127 +85,121 @@ def _apart(connection: Connection, name: str) -> tuple[int, int]:
 
 
 def _sums(
-    connection: Connection,
-    name: str,
-    task: str,
-    metrics: Sequence[str],
-    missing: Missing,
-    started_ms: int,
-    span_ms: tuple[int, int],
-) -> tuple[dict[str, list[UnitSums]], dict[int, dict[str, int]]]:
-    """By metric, and how many units each arm has by the allocation of their first exposure."""
-    units = _units(connection, name)
-    reported = [metric for metric in metrics if metric not in AUTOMATIC]
-    automatic = [metric for metric in metrics if metric in AUTOMATIC]
+    connection: Connection, name: str, task: str, metrics: Sequence[str], missing: Missing, started_ms: int
+) -> Sequence[RowMapping]:
+    """A row for each arm, allocation, probability and interval of time of units' first exposures.
+
+    A metric's sums are named by its place. Every row has the number of all exposures, and of units in several arms.
+    """
+    seen = _seen(name)
+    units = _units(connection, seen)
     joined: Any = units
     values: dict[str, tuple[ColumnElement[Any], ColumnElement[Any]]] = {}
-    for named, means in (
-        (reported, _reported(name, task, reported, started_ms)),
-        (automatic, _automatic(name, task, automatic, started_ms)),
+    for table, listed in (
+        (outcomes, [metric for metric in metrics if metric not in AUTOMATIC]),
+        (answers, [metric for metric in metrics if metric in AUTOMATIC]),
     ):
-        if named:
-            joined = joined.outerjoin(means, means.c.unit_hash == units.c.unit_hash)
-            for place, metric in enumerate(named):
-                y: ColumnElement[Any] = means.c[f"y{place}"]
-                if missing == "zero" and named is reported:
-                    y = func.coalesce(y, 0.0)
-                values[metric] = y, means.c[f"x{place}"]
-    first_ms, last_ms = span_ms
-    length_ms = max(1, -(-(last_ms + 1 - first_ms) // _INTERVALS))
-    interval = (units.c.at_ms - first_ms) // length_ms
-    w = units.c.w
-    columns = [func.count().label("units"), func.sum(w).label("uw"), func.sum(w * w).label("uww")]
-    products = {metric: _products(w, *pair) for metric, pair in values.items()}
-    columns += [
-        column.label(f"{place}_{product}")
-        for place, metric in enumerate(metrics)
-        for product, column in products[metric].items()
-    ]
-    grouped = select(units.c.arm, units.c.allocation, interval.label("interval"), *columns)
-    rows = connection.execute(
-        grouped.select_from(joined).group_by(units.c.arm, units.c.allocation, interval)
-    ).mappings()
-    sums: dict[str, dict[tuple[str, int], dict[str, float]]] = {metric: {} for metric in metrics}
-    counts: defaultdict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        if not listed:
+            continue
+        within, before = _means(table, name, task, listed, started_ms)
+        joined = joined.outerjoin(within, within.c.unit_hash == units.c.unit_hash)
+        joined = joined.outerjoin(before, before.c.unit_hash == units.c.unit_hash)
+        for metric in listed:
+            y: ColumnElement[Any] = within.c[metric]
+            if missing == "zero" and metric not in AUTOMATIC:
+                y = func.coalesce(y, 0.0)
+            values[metric] = y, before.c[metric]
+    ends = select(func.min(units.c.at_ms).label("first_ms"), func.max(units.c.at_ms).label("last_ms")).cte("ends")
+    first_ms, last_ms = (select(end).scalar_subquery() for end in ends.c)
+    length_ms = (last_ms - first_ms + _INTERVALS) // _INTERVALS
+    since_ms = (first_ms + (units.c.at_ms - first_ms) // length_ms * length_ms).label("since_ms")
+    crossed = select(func.count(seen.c.unit_hash.distinct())).where(
+        seen.c.unit_hash == units.c.unit_hash, seen.c.arm != units.c.arm
+    )
+    by = units.c.arm, units.c.allocation, units.c.probability, since_ms
+    query = select(
+        *by,
+        select(func.sum(seen.c.exposures)).scalar_subquery().label("exposures"),
+        crossed.correlate(None).scalar_subquery().label("crossed"),
+        func.count().label("units"),
+        *(
+            total.label(f"{product}{place}")
+            for place, metric in enumerate(metrics)
+            for product, total in zip(_PRODUCTS, _products(*values[metric]), strict=True)
+        ),
+    )
+    return connection.execute(query.select_from(joined).group_by(*by)).mappings().all()
+
+
+def _products(y: ColumnElement[Any], x: ColumnElement[Any]) -> tuple[ColumnElement[Any], ...]:
+    """The sums over units of _PRODUCTS. A product with a value that is not there is NULL, and no part of its sum."""
+    x = case((y.is_not(None), x))
+    both = case((x.is_not(None), y))
+    return (
+        *(func.count(y), func.sum(y), func.sum(y * y)),
+        *(func.count(x), func.sum(both), func.sum(x), func.sum(x * x), func.sum(x * y)),
+    )
+
+
+def _weighted(rows: Sequence[RowMapping], place: int) -> list[UnitSums]:
+    """One metric's, of all allocations together."""
+    added: defaultdict[tuple[int, str], defaultdict[str, float]] = defaultdict(lambda: defaultdict(int))
     for row in rows:
-        counts[row["allocation"]][row["arm"]] += row["units"]
-        key = row["arm"], first_ms + int(row["interval"]) * length_ms
-        for place, metric in enumerate(metrics):
-            into = sums[metric].setdefault(key, defaultdict(float))
-            for product in ("units", "uw", "uww"):
-                into[product] += row[product]
-            for product in products[metric]:
-                into[product] += row[f"{place}_{product}"] or 0.0
-    return {metric: _listed(by_key) for metric, by_key in sums.items()}, dict(counts)
+        w = 1.0 / row["probability"]
+        ww, units = w * w, row["units"]
+        valued, y, yy, k, ky, x, xx, xy = (row[f"{product}{place}"] or 0 for product in _PRODUCTS)
+        products = {
+            "units": units, "uw": units * w, "uww": units * ww,
+            "valued": valued, "w": valued * w, "wy": w * y, "ww": valued * ww, "wwy": ww * y, "wwyy": ww * yy,
+            "k": k, "kw": k * w, "kww": k * ww, "kwwy": ww * ky, "wx": w * x, "wwx": ww * x, "wwxx": ww * xx,
+            "wwxy": ww * xy,
+        }  # fmt: skip
+        into = added[row["since_ms"], row["arm"]]
+        for name, product in products.items():
+            into[name] += product
+    return [UnitSums(arm, since_ms, **added[since_ms, arm]) for since_ms, arm in sorted(added)]  # type: ignore[arg-type]
 
 
-def _listed(by_key: dict[tuple[str, int], dict[str, float]]) -> list[UnitSums]:
-    whole = ("units", "valued", "k")
-    return [
-        UnitSums(arm, since_ms, **{name: int(value) if name in whole else value for name, value in found.items()})  # type: ignore[arg-type]
-        for (arm, since_ms), found in sorted(by_key.items(), key=lambda item: (item[0][1], item[0][0]))
-    ]
+def _seen(name: str) -> CTE:
+    """What units were exposed to, and since when: a row for each unit under each allocation, where it has one arm.
+
+    All that is asked of exposures is asked of this: it alone goes through them.
+    """
+    who = exposures.c.unit_hash, exposures.c.allocation, exposures.c.arm, exposures.c.probability
+    counts = func.count().label("exposures"), func.min(exposures.c.at_ms).label("at_ms")
+    drawn = exposures.c.experiment == name, ~exposures.c.forced, exposures.c.arm != HOLDOUT
+    return select(*who, *counts).where(*drawn).group_by(*who).cte("seen")
 
 
-def _units(connection: Connection, name: str) -> CTE:
+def _units(connection: Connection, seen: CTE) -> CTE:
     """A row for each unit: its first exposure."""
-    order = exposures.c.allocation, exposures.c.at_ms, exposures.c.request
-    w = (literal(1.0) / exposures.c.probability).label("w")
-    wanted = exposures.c.unit_hash, exposures.c.arm, exposures.c.allocation, exposures.c.at_ms, w
+    order = seen.c.allocation, seen.c.at_ms, seen.c.arm, seen.c.probability
+    wanted = seen.c.unit_hash, seen.c.arm, seen.c.allocation, seen.c.at_ms, seen.c.probability
     if connection.dialect.name == "postgresql":
-        query = select(*wanted).ext(distinct_on(exposures.c.unit_hash)).where(_drawn(name))
-        return query.order_by(exposures.c.unit_hash, *order).cte("units")
-    rank = func.row_number().over(partition_by=exposures.c.unit_hash, order_by=order).label("rank")
-    ranked = select(*wanted, rank).where(_drawn(name)).subquery()
+        query = select(*wanted).ext(distinct_on(seen.c.unit_hash))
+        return query.order_by(seen.c.unit_hash, *order).cte("units")
+    rank = func.row_number().over(partition_by=seen.c.unit_hash, order_by=order).label("rank")
+    ranked = select(*wanted, rank).subquery()
     return select(*(ranked.c[column.name] for column in wanted)).where(ranked.c.rank == 1).cte("units")
 
 
-def _reported(name: str, task: str, metrics: Sequence[str], started_ms: int) -> CTE:
-    """A row for each unit with its mean of each metric: y0, y1, ... within the experiment, x0, x1, ... before it."""
-    within = outcomes.c.experiment == name
-    before = and_(outcomes.c.task == task, ~within, outcomes.c.generated_ms < started_ms)
-    columns = []
-    for place, metric in enumerate(metrics):
-        of_metric = outcomes.c.metric == metric
-        columns.append(func.avg(case((and_(within, of_metric), outcomes.c.value))).label(f"y{place}"))
-        columns.append(func.avg(case((and_(before, of_metric), outcomes.c.value))).label(f"x{place}"))
-    query = select(outcomes.c.unit_hash, *columns).where(outcomes.c.metric.in_(metrics), or_(within, before))
-    return query.group_by(outcomes.c.unit_hash).cte("reported")
-
-
-def _automatic(name: str, task: str, metrics: Sequence[str], started_ms: int) -> CTE:
-    """The same of automatic metrics."""
-    within = answers.c.experiment == name
-    before = and_(answers.c.task == task, ~within, answers.c.at_ms < started_ms)
-    columns = []
-    for place, metric in enumerate(metrics):
-        value = AUTOMATIC[metric].value
-        columns.append(func.avg(case((within, value))).label(f"y{place}"))
-        columns.append(func.avg(case((before, value))).label(f"x{place}"))
-    query = select(answers.c.unit_hash, *columns).where(or_(within, before))
-    return query.group_by(answers.c.unit_hash).cte("automatic")
-
-
-def _products(w: ColumnElement[Any], y: ColumnElement[Any], x: ColumnElement[Any]) -> dict[str, ColumnElement[Any]]:
-    """The sums of UnitSums by name. A product with a value that is not there is NULL, and no part of its sum."""
-    valued, both = y.is_not(None), and_(y.is_not(None), x.is_not(None))
-    x = case((valued, x))
-    return {
-        "valued": func.count(y),
-        "w": func.sum(case((valued, w))),
-        "wy": func.sum(w * y),
-        "ww": func.sum(case((valued, w * w))),
-        "wwy": func.sum(w * w * y),
-        "wwyy": func.sum(w * w * y * y),
-        "k": func.count(x),
-        "kw": func.sum(case((both, w))),
-        "kww": func.sum(case((both, w * w))),
-        "kwwy": func.sum(case((both, w * w * y))),
-        "wx": func.sum(w * x),
-        "wwx": func.sum(w * w * x),
-        "wwxx": func.sum(w * w * x * x),
-        "wwxy": func.sum(w * w * x * y),
-    }
+def _means(table: Table, name: str, task: str, metrics: Sequence[str], started_ms: int) -> tuple[CTE, CTE]:
+    """A row for each unit with its mean of each metric: within the experiment, and on the task before it."""
+    values: dict[str, ColumnElement[Any]]
+    wanted: ColumnElement[bool] = true()
+    if table is outcomes:
+        values = {metric: case((outcomes.c.metric == metric, outcomes.c.value)) for metric in metrics}
+        moment, wanted = outcomes.c.generated_ms, outcomes.c.metric.in_(metrics)
+    else:
+        values = {metric: AUTOMATIC[metric].value for metric in metrics}
+        moment = answers.c.at_ms
+    # Quicker than avg, which PostgreSQL has keep a sum of squares too.
+    columns = [(func.sum(value) / cast(func.count(value), Float)).label(metric) for metric, value in values.items()]
+    query = select(table.c.unit_hash, *columns).where(wanted).group_by(table.c.unit_hash)
+    return (
+        query.where(table.c.experiment == name).cte(f"{table.name}_within"),
+        query.where(table.c.task == task, table.c.experiment != name, moment < started_ms).cte(f"{table.name}_before"),
+    )
 
 
 def _allocations(

@@ -66,9 +66,9 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_exposures_at_ms"), "exposures", ["at_ms"])
     op.create_index(
-        op.f("ix_exposures_experiment_unit_hash_allocation_at_ms"),
+        "ix_exposures_report",
         "exposures",
-        ["experiment", "unit_hash", "allocation", "at_ms"],
+        ["experiment", "unit_hash", "allocation", "arm", "probability", "at_ms", "forced"],
     )
     op.create_index(op.f("ix_exposures_unit_hash"), "exposures", ["unit_hash"])
     op.create_table(
@@ -94,6 +94,7 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_answers_at_ms"), "answers", ["at_ms"])
     op.create_index(op.f("ix_answers_experiment_at_ms"), "answers", ["experiment", "at_ms"])
+    op.create_index(op.f("ix_answers_task_at_ms"), "answers", ["task", "at_ms"])
     op.create_index(op.f("ix_answers_unit_hash"), "answers", ["unit_hash"])
     op.create_table(
         "outcomes",

@@ -53,7 +53,7 @@ def traffic(seed: int) -> list[Entry]:
             if number % 17 and draw.random() < 0.8:
                 arm = "abc"[number % 3]
             weights = WEIGHTS[allocation]
-            at_ms = START_MS + draw.randrange(10**6)
+            at_ms = START_MS + draw.randrange(-1, 6) * 200_000  # ties, and a clock that is behind the start
             who: dict[str, Any] = {"arm": arm, "unit_hash": unit}
             forced = draw.random() < 0.05
             entries.append(
@@ -93,8 +93,8 @@ def reference(entries: list[Entry], metric: str, missing: str) -> dict[str, dict
         if isinstance(entry, Exposure):
             known = first.get(entry.unit_hash)
             if not entry.forced and entry.arm != "holdout":
-                order = (entry.allocation, entry.at_ms, entry.request)
-                if known is None or order < (known.allocation, known.at_ms, known.request):
+                order = (entry.allocation, entry.at_ms, entry.arm)
+                if known is None or order < (known.allocation, known.at_ms, known.arm):
                     first[entry.unit_hash] = entry
             continue
         value: float | None = None
