@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, Select, Table, and_, bindparam, cast, column, func, or_, select
+from sqlalchemy import Connection, Select, Table, Tuple, bindparam, cast, column, func, literal_column, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 
 from prompt_store.ledger.entries import Answered, Captured, Entry, Exposure, Outcome
@@ -21,7 +21,7 @@ from prompt_store.tables import answers, captures, erased_units, exposures, outc
 
 # What of an outcome's rows holds: the newest, then text over number, then the greater. All that any order of arrival
 # comes to the same by.
-_Rank = tuple[int, bool, float, bytes]
+_Rank = tuple[int, bool, float, str, str, str]
 
 _Row = tuple[Any, ...]
 
@@ -123,9 +123,9 @@ _KINDS: dict[type[Entry], tuple[Table, Callable[[Iterable[Any]], list[_Row]]]] =
 
 
 def _rank(entry: Outcome) -> _Rank:
-    if isinstance(entry.value, str):
-        return entry.at_ms, True, 0.0, entry.value.encode()
-    return entry.at_ms, False, float(entry.value), b""
+    text = isinstance(entry.value, str)
+    value = (0.0, str(entry.value)) if text else (float(entry.value), "")
+    return entry.at_ms, text, *value, entry.source, entry.principal
 
 
 def _insert(connection: Connection, table: Table, rows: Sequence[_Row]) -> None:
@@ -158,14 +158,18 @@ def _kept(insert: _Insert, table: Table, *, collation: str) -> _Insert:
     keys = [key.name for key in table.primary_key]
     if table is not outcomes:
         return insert.on_conflict_do_nothing(index_elements=keys)
-    new, old = insert.excluded, outcomes.c
-    greater = or_(
-        and_(new.text.is_not(None), old.text.is_(None)),
-        and_(new.text.is_not(None), old.text.is_not(None), new.text.collate(collation) > old.text),
-        and_(new.text.is_(None), old.text.is_(None), new.value > old.value),
-    )
     return insert.on_conflict_do_update(
         index_elements=keys,
-        set_={each.name: new[each.name] for each in table.c if each.name not in keys},
-        where=or_(new.at_ms > old.at_ms, and_(new.at_ms == old.at_ms, greater)),
+        set_={each.name: insert.excluded[each.name] for each in table.c if each.name not in keys},
+        where=_rank_of_row(insert.excluded, collation) > _rank_of_row(outcomes.c, collation),
     )
+
+
+def _rank_of_row(columns: Any, collation: str) -> Tuple:
+    """As `_rank`. Python orders text by code points, which is the order of its UTF-8 bytes."""
+    said, number = (
+        func.coalesce(columns.text, literal_column("''")),
+        func.coalesce(columns.value, literal_column("0.0")),
+    )
+    texts = (each.collate(collation) for each in (said, columns.source, columns.principal))
+    return tuple_(columns.at_ms, columns.text.is_not(None), number, *texts)

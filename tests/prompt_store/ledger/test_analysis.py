@@ -97,6 +97,7 @@ def reference(entries: list[Entry], metric: str, missing: str) -> dict[str, dict
                 if known is None or order < (known.allocation, known.at_ms, known.arm):
                     first[entry.unit_hash] = entry
             continue
+        assert isinstance(entry, Outcome | Answered)
         value: float | None = None
         if isinstance(entry, Outcome) and metric == "helpful":
             value, at_ms = float(entry.value), entry.generated_ms
