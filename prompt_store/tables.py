@@ -388,7 +388,7 @@ outcomes = Table(
     Index(None, "experiment", "metric", "unit_hash"),
     Index(None, "task", "metric", "generated_ms"),
     Index(None, "unit_hash"),
-    Index(None, "at_ms"),
+    Index(None, "generated_ms"),
 )
 
 # Prompts and answers, of tasks that were opted in; `inputs` is JSON.
@@ -411,7 +411,7 @@ captures = Table(
     Index(None, "expires_ms"),
 )
 
-# Units whose traces were erased: what a journal still has of them from before then is not taken in.
+# Units whose traces were erased, kept for good: what a journal still has of them from before then is not taken in.
 erased_units = Table(
     "erased_units",
     metadata,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Connection, Table, delete
+from sqlalchemy import Column, ColumnElement, Connection, Table, delete, select, tuple_
 
 from prompt_store.access import Principal
 from prompt_store.changes import record
-from prompt_store.database import insert_into
+from prompt_store.database import Database, insert_into
 from prompt_store.tables import answers, captures, erased_units, exposures, outcomes, shadow_answers
+
+_SLICE_ROWS = 10_000
+_PAUSE_S = 0.1  # SQLite lets nobody queue: who waits to write looks again after that long at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +61,30 @@ def erase_unit(connection: Connection, unit_hash: str, principal: Principal, at:
     return erased
 
 
-def forget(connection: Connection, before_ms: int, now_ms: int) -> Forgotten:
+def forget(database: Database, before_ms: int, now_ms: int, *, slice_rows: int = _SLICE_ROWS) -> Forgotten:
     """Removes exposures, answers and outcomes from before then, and captures whose time is over.
 
-    Erasures from before then go too: nothing that old is taken in any more.
+    In slices, each a transaction of its own, so that nobody waits long to write. Erasures are kept for good, a hash and
+    a time each: a journal may ship what is older than anything here.
     """
-    _delete(connection, erased_units, erased_units.c.at_ms < before_ms)
+
+    def forgotten(table: Table, moment: Column[int], end_ms: int) -> int:
+        keys = table.primary_key.columns
+        oldest = select(*keys).where(moment < end_ms).order_by(moment).limit(slice_rows)
+        total = 0
+        while True:
+            with database.write(announced=False) as connection:
+                deleted = _delete(connection, table, tuple_(*keys).in_(oldest))
+            total += deleted
+            if deleted < slice_rows:
+                return total
+            time.sleep(_PAUSE_S)
+
     return Forgotten(
-        _delete(connection, exposures, exposures.c.at_ms < before_ms),
-        _delete(connection, answers, answers.c.at_ms < before_ms),
-        _delete(connection, outcomes, outcomes.c.generated_ms < before_ms),
-        _delete(connection, captures, captures.c.expires_ms <= now_ms),
+        forgotten(exposures, exposures.c.at_ms, before_ms),
+        forgotten(answers, answers.c.at_ms, before_ms),
+        forgotten(outcomes, outcomes.c.generated_ms, before_ms),
+        forgotten(captures, captures.c.expires_ms, now_ms + 1),
     )
 
 

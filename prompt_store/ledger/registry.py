@@ -1,6 +1,6 @@
 """The registry's half that the ledger uses: taking entries in, adding up, exporting, erasing.
 
-Each method is one transaction. Every method may raise StoreUnavailable.
+Each method but `forget` is one transaction. Every method may raise StoreUnavailable.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,9 +49,8 @@ class LedgerRegistry(ExperimentRegistry):
             return erasing.erase_unit(connection, unit_hash, principal, self._now())
 
     def forget(self, before_ms: int) -> Forgotten:
-        """Removes exposures, answers and outcomes from before then, and captures whose time is over."""
-        with self.database.write(announced=False) as connection:
-            return erasing.forget(connection, before_ms, self._now_ms())
+        """Removes exposures, answers and outcomes from before then, and captures whose time is over, in slices."""
+        return erasing.forget(self.database, before_ms, self._now_ms())
 
     def _now_ms(self) -> int:
         return round(self._now().timestamp() * 1000)

@@ -113,8 +113,8 @@ def upgrade() -> None:
         sa.Column("principal", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("request", "metric", name=op.f("pk_outcomes")),
     )
-    op.create_index(op.f("ix_outcomes_at_ms"), "outcomes", ["at_ms"])
     op.create_index(op.f("ix_outcomes_experiment_metric_unit_hash"), "outcomes", ["experiment", "metric", "unit_hash"])
+    op.create_index(op.f("ix_outcomes_generated_ms"), "outcomes", ["generated_ms"])
     op.create_index(op.f("ix_outcomes_task_metric_generated_ms"), "outcomes", ["task", "metric", "generated_ms"])
     op.create_index(op.f("ix_outcomes_unit_hash"), "outcomes", ["unit_hash"])
     op.create_table(

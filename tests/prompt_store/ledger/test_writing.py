@@ -14,8 +14,7 @@ from sqlalchemy import text as sql
 from prompt_store.database import Database
 from prompt_store.ledger.entries import Entry, Outcome
 from prompt_store.prompts.registry import Registry
-from prompt_store.tables import answers, audit, captures, exposures, outcomes
-from tests.prompt_store.building import ANNA
+from prompt_store.tables import answers, captures, exposures, outcomes
 from tests.prompt_store.ledger.entered import START_MS, answered, captured, exposure, outcome
 
 
@@ -106,36 +105,3 @@ def test_a_boolean_is_kept_as_a_number_and_a_text_as_text(registry: Registry) ->
     with registry.database.read() as connection:
         kept = connection.execute(select(outcomes.c.value, outcomes.c.text).order_by(outcomes.c.request)).all()
     assert [tuple(row) for row in kept] == [(1.0, None), (0.0, None), (0.25, None), (None, "nul\ufffd")]
-
-
-def test_what_an_erased_unit_left_before_is_gone_and_stays_out_and_what_it_does_later_is_kept(
-    registry: Registry,
-) -> None:
-    old: list[Entry] = [exposure("1"), answered("1"), outcome("1"), captured("1")]
-    registry.add_entries([*old, exposure("2")])
-    erased = registry.erase_unit("u1", ANNA)
-    assert (erased.exposures, erased.answers, erased.outcomes, erased.captures, erased.shadow_answers) == (
-        1,
-        1,
-        1,
-        1,
-        0,
-    )
-    later_ms = 4_000_000_000_000
-    registry.add_entries([*old, outcome("1", at_ms=later_ms), exposure("3", unit_hash="u1", at_ms=later_ms)])
-    assert [len(found) for found in rows(registry)] == [2, 0, 0, 0]
-    with registry.database.read() as connection:
-        entry = connection.execute(select(audit).where(audit.c.action == "unit.erase")).one()
-    assert "u1" not in f"{entry.subject}{entry.details}{entry.reason}"
-
-
-def test_what_is_too_old_is_forgotten(registry: Registry) -> None:
-    registry.add_entries(
-        [
-            exposure("1"), exposure("2", at_ms=START_MS + 10), answered("1"), outcome("1"),
-            outcome("2", generated_ms=START_MS + 10), captured("1", expires_ms=1), captured("2"),
-        ]
-    )  # fmt: skip
-    forgotten = registry.forget(START_MS + 5)
-    assert (forgotten.exposures, forgotten.answers, forgotten.outcomes, forgotten.captures) == (1, 1, 1, 1)
-    assert [len(found) for found in rows(registry)] == [1, 0, 1, 1]
