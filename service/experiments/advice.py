@@ -8,6 +8,7 @@ from typing import Literal
 
 from prompt_store.experiments.records import ExperimentRecord
 from service.experiments.figures import ArmEstimate, Figures, GuardrailState, Interval, MetricFigures
+from service.experiments.statistics import BURN_IN_UNITS
 from service.experiments.wording import Scale, confidence, is_bounded, p_value, scale_of
 
 Verdict = Literal["promote", "stop", "continue", "unreadable", "ended"]
@@ -56,8 +57,8 @@ def caveats_of(figures: Figures) -> tuple[str, ...]:
             "first that it saw."
         )
     if figures.forced:
-        asked = "exposure was" if figures.forced == 1 else "exposures were"
-        found.append(f"{figures.forced:,} {asked} asked for rather than drawn and count nowhere.")
+        asked, count = ("exposure was", "counts") if figures.forced == 1 else ("exposures were", "count")
+        found.append(f"{figures.forced:,} {asked} asked for rather than drawn and {count} nowhere.")
     if figures.held_out:
         found.append(
             f"{_units(figures.held_out)} {'was' if figures.held_out == 1 else 'were'} held out and saw no arm."
@@ -87,15 +88,22 @@ def margin_of(metric: MetricFigures) -> str:
 
 
 def difference_of(metric: MetricFigures, arm: ArmEstimate, control: str, alpha: float, verb: str = "is") -> str:
-    """helpful is 4.1 points higher with candidate than with control (95% sequence 1.2 to 7.0)."""
+    """helpful is 4.1 points higher with candidate than with control (95% confidence sequence 1.2 to 7.0 higher)."""
     assert arm.lift is not None, "said of arms whose lift is known"
     scale = scale_of(metric)
+    sequence = (
+        f"{confidence(alpha)} confidence sequence {_range(arm.lift, scale)}"
+        if is_bounded(arm.lift)
+        else "too little is known for a confidence sequence"
+    )
+    if scale.is_nothing(arm.lift):
+        return f"{metric.metric} {verb} about the same with {arm.arm} as with {control} ({sequence})"
     side = "higher" if arm.lift.estimate >= 0.0 else "lower"
     judged = ""
     if metric.direction == "minimise" and arm.lift.estimate:
         judged = ", which is worse," if arm.lift.estimate > 0.0 else ", which is better,"
-    sequence = f" ({confidence(alpha)} sequence {_range(arm.lift, scale)})" if is_bounded(arm.lift) else ""
-    return f"{metric.metric} {verb} {scale.size(arm.lift)} {side}{judged} with {arm.arm} than with {control}{sequence}"
+    size = scale.size(arm.lift)
+    return f"{metric.metric} {verb} {size} {side}{judged} with {arm.arm} than with {control} ({sequence})"
 
 
 def winner_of(figures: Figures, record: ExperimentRecord) -> ArmEstimate | None:
@@ -120,14 +128,15 @@ def _advice(figures: Figures, record: ExperimentRecord) -> Advice:
     control, *others = metric.arms
     broken = [arm for arm in others if state_of(figures, arm.arm) == "violated"]
     if len(broken) == len(others):
-        names = _joined(arm.arm for arm in broken)
-        return Advice("stop", f"Stop: {_breaches(figures, names)}, so no arm may be promoted.")
+        return Advice("stop", f"Stop: {_breaches(figures, broken)}, so no arm may be promoted.")
     gains = {
         arm: gain for arm in others if arm not in broken and (gain := metric.gain(arm)) is not None and is_bounded(gain)
     }
     if not gains:
         return Advice(
-            "continue", f"Keep going: {_units(figures.units)} are too few to say anything of {metric.metric}."
+            "continue",
+            f"Keep going: too little is known of {metric.metric} after {_units(figures.units)}; every arm needs "
+            f"{BURN_IN_UNITS} with a value, and values that are not all the same.",
         )
     winner = winner_of(figures, record)
     leader = winner or max(gains, key=lambda arm: (gains[arm].low > 0.0, gains[arm].estimate))
@@ -136,29 +145,50 @@ def _advice(figures: Figures, record: ExperimentRecord) -> Advice:
         return Advice("promote", f"Promote {winner.arm}: {found}{_held(figures, winner)}.")
     if gains[leader].low > 0.0:
         return Advice("continue", f"Keep going: {found}, but {_missing(figures, record, leader)}.")
+    if unknown := [arm.arm for arm in others if arm not in gains and arm not in broken]:
+        return Advice("continue", f"Keep going: {found}, but too little is known of {_joined(unknown)}.")
     reachable = max(gain.high for gain in gains.values())
-    if len(gains) + len(broken) == len(others):
-        if reachable < 0.0:
-            return Advice("stop", f"Stop: no arm can be better than {control.arm}; {found}.")
-        if rules.futile_below is not None and reachable < rules.futile_below:
-            least = scale_of(metric).difference(rules.futile_below)
-            return Advice("stop", f"Stop: no arm can be better than {control.arm} by {least}; {found}.")
-    return Advice("continue", f"Keep going: {found}, so it is not settled which is better.")
+    none = f"{_breaches(figures, broken)}, and no other arm" if broken else "no arm"
+    if reachable < 0.0:
+        stop = f"Stop: {none} can be better than {control.arm}; {found}."
+    elif rules.futile_below is not None and reachable < rules.futile_below:
+        least = scale_of(metric).difference(rules.futile_below)
+        stop = f"Stop: {none} can be better than {control.arm} by {least}; {found}."
+    else:
+        return Advice("continue", f"Keep going: {found}, so it is not settled which is better.")
+    if few := _too_few(metric.arms, rules.minimum_units):
+        return Advice("continue", f"Keep going: {found}, but {few}.")
+    return Advice("stop", stop)
 
 
 def _missing(figures: Figures, record: ExperimentRecord, leader: ArmEstimate) -> str:
     """Why an arm that is surely better, and breaks no guardrail, may not be promoted yet."""
-    minimum = record.experiment.rules.minimum_units
-    if (fewest := min(leader.units, figures.decision.arms[0].units)) < minimum:
-        return f"an arm has {_units(fewest)} of the {minimum:,} that it should have"
-    unsettled = _guardrails(figures, leader.arm, "open")
-    within = _joined(f"{each.metric} stays within {margin_of(each)}" for each in unsettled)
-    return f"it is not settled yet that {within}"
+    if few := _too_few((leader, figures.decision.arms[0]), record.experiment.rules.minimum_units):
+        return few
+    return _joined(
+        f"it is not settled yet that {_kept(each)}" if each.margin else f"too little is known of {each.metric}"
+        for each in _guardrails(figures, leader.arm, "open")
+    )
+
+
+def _too_few(arms: Iterable[ArmEstimate], minimum: int) -> str:
+    """Empty where each arm has the units that rules wait for."""
+    fewest = min(arm.units for arm in arms)
+    return f"an arm has {_units(fewest)} of the {minimum:,} that it should have" if fewest < minimum else ""
 
 
 def _held(figures: Figures, winner: ArmEstimate) -> str:
+    """What speaks for a promotion, and against it."""
     held = _guardrails(figures, winner.arm, "held")
-    return f", and {_joined(each.metric for each in held)} {'is' if len(held) == 1 else 'are'} held" if held else ""
+    kept = f", and {_joined(_kept(each) for each in held)}" if held else ""
+    return f"{kept}, but first find out why arms differ in missing values" if figures.missing_differs else kept
+
+
+def _kept(guardrail: MetricFigures) -> str:
+    """What it means that a guardrail is held: without a margin, that nothing is known against it."""
+    if guardrail.margin:
+        return f"{guardrail.metric} stays within {margin_of(guardrail)}"
+    return f"{guardrail.metric} is not seen to be worse"
 
 
 def _ending(figures: Figures, record: ExperimentRecord) -> str:
@@ -188,20 +218,24 @@ def _guardrails(figures: Figures, arm: str, state: GuardrailState) -> list[Metri
     return [each for each in figures.metrics if each.states is not None and each.states.get(arm) == state]
 
 
-def _breaches(figures: Figures, names: str) -> str:
+def _breaches(figures: Figures, arms: Iterable[ArmEstimate]) -> str:
     """candidate makes latency_ms worse than a margin of 50 ms allows."""
-    broken = [each for each in figures.metrics if each.guardrail == "violated"]
-    verb = "make" if " and " in names else "makes"
-    return f"{names} {verb} {_joined(f'{each.metric} worse than {margin_of(each)} allows' for each in broken)}"
+
+    def worse(metric: MetricFigures) -> str:
+        return f"{metric.metric} worse" + (f" than {margin_of(metric)} allows" if metric.margin else "")
+
+    return _joined(
+        f"{arm.arm} makes {_joined(worse(each) for each in _guardrails(figures, arm.arm, 'violated'))}" for arm in arms
+    )
 
 
 def _range(lift: Interval, scale: Scale) -> str:
-    """A sequence in the direction of its estimate: 1.2 to 7.0, or 2.0 lower to 7.0 higher where it spans zero."""
+    """1.2 to 7.0 higher, 1.2 to 7.0 lower, or 2.0 lower to 7.0 higher where it spans zero."""
     decimals = scale.decimals(lift)
     low, high = (f"{abs(bound) * scale.factor:,.{decimals}f}" for bound in (lift.low, lift.high))
     if lift.low < 0.0 < lift.high:
         return f"{low} lower to {high} higher"
-    return f"{low} to {high}" if lift.low >= 0.0 else f"{high} to {low}"
+    return f"{low} to {high} higher" if lift.low >= 0.0 else f"{high} to {low} lower"
 
 
 def _joined(words: Iterable[str]) -> str:

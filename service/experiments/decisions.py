@@ -19,6 +19,7 @@ from service.experiments.advice import difference_of, mismatch_of, winner_of
 from service.experiments.best import with_floor
 from service.experiments.figures import ArmEstimate, Figures
 from service.experiments.reporting import numbers_of
+from service.experiments.wording import scale_of
 
 MINUTE_MS = 60_000
 
@@ -216,8 +217,9 @@ def _stop(record: ExperimentRecord, figures: Figures) -> Stop | None:
     ):
         return None
     nearest = max(reachable, key=lambda arm: reachable[arm])
+    least = scale_of(figures.decision).difference(rules.futile_below)
     return Stop(
-        f"no arm can be better than {figures.control} by {rules.futile_below:g}; {_difference(figures, nearest)}",
+        f"no arm can be better than {figures.control} by {least}; {_difference(figures, nearest)}",
         {**numbers_of(figures), "futile_below": rules.futile_below},
     )
 

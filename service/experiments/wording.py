@@ -35,6 +35,10 @@ class Scale:
         """A lift without its sign."""
         return self._number(abs(interval.estimate), self.decimals(interval)) + self.difference_unit
 
+    def is_nothing(self, interval: Interval) -> bool:
+        """Whether a lift is rounded away."""
+        return not self._number(abs(interval.estimate), self.decimals(interval)).strip("0.,")
+
     def difference(self, value: float) -> str:
         """A difference that is given, such as a margin, to three digits."""
         number = f"{value * self.factor:.3g}"

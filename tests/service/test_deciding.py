@@ -171,7 +171,7 @@ def test_an_experiment_in_which_nothing_can_be_won_is_stopped(stage: Stage) -> N
     stage.replica().look()
     assert stage.state() == "stopped"
     (event,) = stage.history()
-    assert event.reason.startswith("no arm can be better than old by 0.3; ")
+    assert event.reason.startswith("no arm can be better than old by 30 points; ")
     assert event.details["futile_below"] == 0.3
     assert stage.registry.alias(TASK, "production").number == 1
 

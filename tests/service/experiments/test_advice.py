@@ -29,8 +29,8 @@ def test_a_better_arm_with_held_guardrails_is_to_be_promoted() -> None:
     advice = advice_of(found, record())
     assert advice.verdict == "promote"
     assert advice.sentence == (
-        "Promote candidate: helpful is 4.1 points higher with candidate than with control (95% sequence 1.2 to 7.0) "
-        "after 12,344 units, and latency_ms is held."
+        "Promote candidate: helpful is 4.1 points higher with candidate than with control (95% confidence sequence "
+        "1.2 to 7.0 higher) after 12,344 units, and latency_ms stays within a margin of 50 ms."
     )
 
 
@@ -99,8 +99,10 @@ def test_what_cannot_be_better_or_not_by_enough_is_stopped(
 
 def test_an_arm_of_which_nothing_is_known_yet_keeps_an_experiment_going() -> None:
     worse = {"first": (-0.05, -0.09, -0.01), "second": (0.1, *UNBOUNDED)}
-    assert sentence_of(figures(metric(worse)), record()).startswith("Keep going: ")
-    assert "2,000 units are too few to say anything of helpful" in sentence_of(
+    said = sentence_of(figures(metric(worse)), record())
+    assert said.startswith("Keep going: ")
+    assert said.endswith("but too little is known of second.")
+    assert "too little is known of helpful after 2,000 units; every arm needs 100 with a value" in sentence_of(
         figures(metric({"candidate": (0.1, *UNBOUNDED)})), record()
     )
     assert sentence_of(figures(metric({"candidate": None}, units=0), moments=0), record()) == (
@@ -108,17 +110,57 @@ def test_an_arm_of_which_nothing_is_known_yet_keeps_an_experiment_going() -> Non
     )
 
 
+def test_a_guardrail_without_a_margin_is_said_to_be_no_more_than_it_is() -> None:
+    def said(state: str) -> str:
+        times = guardrail({"candidate": (1.0, -9.0, 11.0)}, {"candidate": state}, margin=0.0)
+        return sentence_of(figures(metric({"candidate": BETTER}), times), record())
+
+    assert said("held").endswith(", and latency_ms is not seen to be worse.")
+    assert said("open").endswith("but too little is known of latency_ms.")
+    assert said("violated").startswith("Stop: candidate makes latency_ms worse, so no arm")
+
+
+def test_each_breach_is_said_of_the_arm_that_makes_it() -> None:
+    arms = {"first": BETTER, "second": (-0.05, -0.09, -0.01)}
+    none = dict.fromkeys(arms, (1.0, -9.0, 11.0))
+    times = guardrail(none, {"first": "violated", "second": "held"})
+    costs = guardrail(none, {"first": "held", "second": "violated"}, name="cost", margin=0.0)
+    assert sentence_of(figures(metric(arms), times, costs), record()) == (
+        "Stop: first makes latency_ms worse than a margin of 50 ms allows and second makes cost worse, so no arm may "
+        "be promoted."
+    )
+    assert sentence_of(figures(metric(arms), times), record()).startswith(
+        "Stop: first makes latency_ms worse than a margin of 50 ms allows, and no other arm can be better than control;"
+    )
+
+
+def test_what_is_rounded_to_nothing_is_about_the_same() -> None:
+    said = sentence_of(figures(metric({"candidate": (0.0001, -0.05, 0.05)})), record())
+    assert "helpful is about the same with candidate as with control (95% confidence sequence 5.0 lower" in said
+
+
+def test_nothing_is_stopped_or_promoted_on_what_may_mislead_without_a_word() -> None:
+    patient = record(experiment(rules={"minimum_units": 5000}))
+    worse = advice_of(figures(metric({"candidate": (-0.05, -0.09, -0.01)})), patient)
+    assert worse.verdict == "continue"
+    assert worse.sentence.endswith("but an arm has 1,000 units of the 5,000 that it should have.")
+    missing = sentence_of(figures(metric({"candidate": BETTER}), missing_differs=True), record())
+    assert missing.endswith("but first find out why arms differ in missing values.")
+
+
 def test_a_sequence_across_zero_is_said_by_its_sides() -> None:
     said = sentence_of(figures(metric({"candidate": (0.012, -0.02, 0.044)})), record())
-    assert "1.2 points higher with candidate than with control (95% sequence 2.0 lower to 4.4 higher)" in said
+    assert (
+        "1.2 points higher with candidate than with control (95% confidence sequence 2.0 lower to 4.4 higher)" in said
+    )
 
 
 def test_less_is_better_where_the_metric_is_minimised() -> None:
     times = {"name": "latency_ms", "base": 800.0, "direction": "minimise", "boolean": False}
     quick = sentence_of(figures(metric({"candidate": (-35.0, -60.0, -10.0)}, **times)), record())
     assert quick.startswith(
-        "Promote candidate: latency_ms is 35 ms lower, which is better, with candidate than with control (95% sequence "
-        "10 to 60)"
+        "Promote candidate: latency_ms is 35 ms lower, which is better, with candidate than with control (95% "
+        "confidence sequence 10 to 60 lower)"
     )
     slow = sentence_of(figures(metric({"candidate": (35.0, 10.0, 60.0)}, **times)), record())
     assert slow.startswith("Stop: no arm can be better than control; latency_ms is 35 ms higher, which is worse, with")

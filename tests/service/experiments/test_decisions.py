@@ -209,7 +209,7 @@ def test_that_a_mismatch_passed_is_said_once() -> None:
 def test_an_experiment_is_stopped_once_no_arm_can_reach_what_would_matter() -> None:
     decision = decided(ruled(THREE, futile_below=0.02), figures(metric({"one": WORSE, "two": (0.0, -0.019, 0.019)})))
     assert isinstance(decision, Stop)
-    assert decision.reason.startswith("no arm can be better than control by 0.02; ")
+    assert decision.reason.startswith("no arm can be better than control by 2 points; ")
     assert decision.numbers["futile_below"] == 0.02
     assert [arm["arm"] for arm in decision.numbers["metrics"]["helpful"]["arms"]] == ["control", "one", "two"]
 

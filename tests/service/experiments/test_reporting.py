@@ -173,7 +173,7 @@ def test_the_document_is_json_with_null_for_what_is_infinite() -> None:
     document = document_of(figures_of(record(), sums(metrics=few), DIRECTIONS, NOW_MS), record())
     read = json.loads(json.dumps(document, allow_nan=False))
     assert (read["schema"], read["verdict"]) == (SCHEMA, "continue")
-    assert read["sentence"].startswith("Keep going: 4 units are too few")
+    assert read["sentence"].startswith("Keep going: too little is known of helpful after 4 units")
     assert read["metrics"][0]["arms"][1]["lift"] == {"estimate": 0.5, "low": None, "high": None}
     assert set(read) == {
         "schema", "verdict", "sentence", "caveats", "record", "experiment", "task", "state", "control", "at_ms",
