@@ -89,6 +89,7 @@ class Judges:
         self._count = count
         self._draw = draw
         self._background = Background(at_once)
+        self._told: dict[str, str] = {}  # by task why its answers are not judged, as it was logged last
 
     def drawn(self, run: Run) -> Judge | None:
         """The judge of the experiment that a run counts for, where its answer is among the sample."""
@@ -113,7 +114,9 @@ class Judges:
             outcome = await self._judgement(judge, judged, inputs, ask)
         except (StoreError, RoutingError, JournalUnavailable) as error:
             outcome = "failed"
-            log.warning("answers of task '%s' are not judged: %s", judged.tag.task, error)
+            if self._told.get(judged.tag.task) != str(error):
+                self._told[judged.tag.task] = str(error)
+                log.warning("answers of task '%s' are not judged: %s", judged.tag.task, error)
         except Exception:
             outcome = "failed"
             log.exception("a judgement of task '%s' failed by a fault of the service's own", judged.tag.task)

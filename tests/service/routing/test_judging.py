@@ -146,12 +146,17 @@ async def test_a_judge_that_fails_is_counted_and_in_nobodys_way(store: Store) ->
     assert kept(store) == []
 
 
-async def test_a_judge_that_nothing_answers_is_counted(store: Store) -> None:
+async def test_a_judge_that_nothing_answers_is_counted_and_logged_once(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
     judged(store)
     store.registry.remove_alias("quality", "production", reason="a test", principal=ANONYMOUS)
     async with client_of(store, speaks("8")) as client:
-        assert (await ask(client)).json()["text"] == "a mug"
-        await judgements(client, "failed")
+        for asked in (1, 2):
+            assert (await ask(client)).json()["text"] == "a mug"
+            await judgements(client, "failed", asked)
+    told = [record for record in caplog.records if "are not judged" in record.getMessage()]
+    assert len(told) == 1
 
 
 async def test_a_conversation_that_no_input_stands_for_is_left_out(store: Store) -> None:
