@@ -41,6 +41,8 @@ def sentence_of(figures: Figures, record: ExperimentRecord) -> str:
 def caveats_of(figures: Figures) -> tuple[str, ...]:
     """What to keep in mind, a sentence each."""
     found = []
+    if figures.sample_ratio.mismatch and figures.state != "running":
+        found.append(f"No figure can be believed: {mismatch_of(figures)}.")
     if figures.missing_differs:
         found.append(
             f"Arms differ in how many of their units have a value of {figures.decision.metric}, so their means are "
@@ -199,11 +201,15 @@ def _ending(figures: Figures, record: ExperimentRecord) -> str:
         "stopped": "Stopped",
         "rolled_back": f"Rolled back to {figures.control}",
     }[record.state]
-    why = f": {record.reason.rstrip('.')}" if record.reason else ""
+    reason = record.reason.rstrip(". ")
+    why = f": {reason}" if reason else ""
     gains = {arm: gain for arm in figures.decision.arms if (gain := figures.decision.gain(arm)) is not None}
     if not gains:
         return f"{did}{when}{whom}{why}. Nothing was known of {figures.decision.metric} then."
     arm = max(gains, key=lambda each: (each.arm == record.winner, gains[each].estimate))
+    if arm.lift is None or not is_bounded(arm.lift):
+        few = f"{_units(figures.units)} {'was' if figures.units == 1 else 'were'}"
+        return f"{did}{when}{whom}{why}. {few} too few to say anything of {figures.decision.metric}."
     difference = difference_of(figures.decision, arm, figures.control, figures.alpha, "was")
     return f"{did}{when}{whom}{why}. After {_units(figures.units)}, {difference}."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -190,6 +191,22 @@ def test_an_ended_experiment_says_how(state: str, winner: str | None, beginning:
     advice = advice_of(figures(metric({"candidate": BETTER}), sample_ratio=uneven), ended)
     assert advice.verdict == "ended"
     assert advice.sentence.startswith(beginning)
+
+
+def test_an_experiment_that_ended_early_says_that_nothing_is_known() -> None:
+    ended = record(state="stopped", ended_at=STARTED, ended_by="boris", reason="...")
+    few = figures(metric({"candidate": (-0.1, *UNBOUNDED)}, units=14))
+    assert sentence_of(few, ended) == (
+        "Stopped on 2 November 2026 by boris. 28 units were too few to say anything of helpful."
+    )
+
+
+def test_a_mismatch_is_told_of_an_experiment_that_has_ended_too() -> None:
+    uneven = ratio({"control": 4800, "candidate": 5200}, {"control": 5000, "candidate": 5000}, 1e-6)
+    shown = figures(metric({"candidate": BETTER}), sample_ratio=uneven)
+    assert caveats_of(shown) == ()  # the sentence says it
+    (caveat,) = caveats_of(replace(shown, state="stopped"))
+    assert caveat.startswith("No figure can be believed: units came to arms as 48.0 to 52.0")
 
 
 def test_what_may_mislead_is_told_and_nothing_else() -> None:
