@@ -7,7 +7,9 @@ hands and go under one more lock, that of the journal's folder, so that nobody m
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import secrets
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -16,9 +18,13 @@ from typing import Self
 
 from filelock import FileLock, Timeout
 
+log = logging.getLogger(__name__)
+
 SEGMENT = ".segment"
 
 _LOCK = "lock"
+_NAME = re.compile(r"\d+-[0-9a-f]{8}")
+_AT_ONCE = 100  # each holds a file open
 _PATIENCE_S = 10.0  # others hold the journal's lock for moments
 
 
@@ -42,16 +48,24 @@ class ProcessFolder:
 
     @classmethod
     def left_behind(cls, journal: Path, known: Collection[Path]) -> list[Self]:
-        """All that no living process holds, held from now on. Raises OSError."""
+        """Those that no living process holds, held from now on. Raises OSError.
+
+        Beside those that are `known` no more than may be held at once: of very many the rest comes another time.
+        """
         found: list[Self] = []
         with _changing(journal):
             for path in sorted(journal.iterdir()):
-                if path in known or not path.is_dir():
-                    continue
+                if len(known) + len(found) >= _AT_ONCE:
+                    break
+                if path in known or not _NAME.fullmatch(path.name) or not path.is_dir():
+                    continue  # such as lost+found, where the journal has a disk of its own
                 lock = _lock_of(path)
                 try:
                     lock.acquire()
                 except Timeout:
+                    continue
+                except OSError as error:  # that of another user, maybe; it keeps nobody from the others
+                    log.error("the journal of a process that ended cannot be taken over: %s", error)
                     continue
                 found.append(cls(path, lock))
         return found

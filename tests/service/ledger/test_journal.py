@@ -133,7 +133,7 @@ def test_an_entry_of_a_kind_that_this_release_does_not_know_is_set_aside(journal
     parts = list(read_records(record))
     assert parts[0] == exposure("1")
     assert isinstance(parts[1], Unknown)
-    left = folder / "dead" / "00000001.segment"
+    left = folder / "1-0000dead" / "00000001.segment"
     left.parent.mkdir(parents=True)
     left.write_bytes(record)
     store = Store()
@@ -156,6 +156,42 @@ def test_two_processes_share_a_folder_and_one_alone_adopts_what_a_third_left(fol
     assert stores[1].requests == ["own-1"]
     for each in journals:
         each.close()
+
+
+def test_what_is_no_journal_stays_and_what_cannot_be_taken_over_keeps_nobody_from_the_rest(folder: Path) -> None:
+    (folder / "lost+found").mkdir(parents=True)
+    (folder / "1-00000000" / "lock").mkdir(parents=True)  # no lock that could be opened, as is that of another user
+    left = Journal.open(folder)
+    left.append(exposure("left"))
+    left.close()
+    store = Store()
+    shipped(folder, store)
+    assert store.requests == ["left"]
+    assert list((folder / "lost+found").iterdir()) == []
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["1-00000000", "lost+found"]
+
+
+def test_what_hundreds_of_processes_left_is_shipped_by_and_by(folder: Path) -> None:
+    record = {number: record_of([exposure(str(number))]) for number in range(250)}
+    for number, data in record.items():
+        segment = folder / f"1-{number:08x}" / "00000001.segment"
+        segment.parent.mkdir(parents=True)
+        segment.write_bytes(data)
+    now, store = [0.0], Store()
+    journal = Journal.open(folder)
+    store.away = True
+    shipper = Shipper(journal, store.write, pause_s=0.0, clock=lambda: now[0])
+    opened = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        shipper.ship()
+        now[0] += 60.0
+    assert len(os.listdir("/proc/self/fd")) - opened <= 100
+    store.away = False
+    while shipper.ship() or journal.stats.waiting_bytes or len(store.requests) < len(record):
+        now[0] += 60.0
+    assert sorted(store.requests, key=int) == [str(number) for number in record]
+    journal.close()
+    assert not list(folder.glob("*/"))
 
 
 def test_beyond_its_bound_the_journal_refuses_and_says_so_until_there_is_room(folder: Path) -> None:
