@@ -204,14 +204,17 @@ class Journal:
             return self._sealed[0] if self._sealed else None
 
     def discard(self, segment: Segment) -> None:
-        """Delete a sealed segment: the store has all that it holds. Raises OSError."""
+        """Delete the oldest segment: the store has all that it holds. Raises OSError."""
         segment.path.unlink(missing_ok=True)
+        folder = segment.folder
         with self._lock:
-            self._sealed.remove(segment)
+            oldest = self._sealed.popleft()
+            assert oldest is segment
             self._waiting_bytes -= segment.size_bytes
-            emptied = [folder for folder in self._adopted if all(each.folder is not folder for each in self._sealed)]
-            self._adopted = [folder for folder in self._adopted if folder not in emptied]
-        for folder in emptied:
+            # What was adopted with it stands right behind it: of thousands the others need not be looked at.
+            emptied = not self._sealed or self._sealed[0].folder is not folder
+        if emptied and folder in self._adopted:
+            self._adopted.remove(folder)
             folder.close()
 
     def adopt(self) -> None:
