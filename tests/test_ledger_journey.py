@@ -23,7 +23,7 @@ from service.engines.base_model import BaseModel
 from service.generation_ids import verify
 from service.routing.backends import Backend
 from tests.postgresql import Server as PostgreSQL
-from tests.processes import Server, eventually, running
+from tests.processes import Server, eventually, running, softcue
 from tests.providers import Answer, Asked, ScriptedProvider, json_answer
 from tests.service.routing.routed import Provider
 from tests.service.serving import COPY, open_store
@@ -192,3 +192,13 @@ async def test_what_a_server_took_while_its_store_was_away_is_on_disk_after_sigt
             eventually(lambda: segments(tmp_path), lambda left: not left)
     assert_all_is_there(location, service)
     own_postgresql.drop(location)
+
+
+def test_a_journal_that_cannot_be_opened_ends_the_start_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "journal").write_text("in its place")
+    settings = tmp_path / "softcue.toml"
+    settings.write_text(SETTINGS.format(location=tmp_path / "store.db", provider="http://127.0.0.1:1"))
+    said = softcue("serve", "--config", settings, "--port", "0", code=1)
+    assert f"softcue: the journal {tmp_path / 'journal'} cannot be opened (" in said
+    assert "name another as journal.folder" in said
+    assert "Traceback" not in said

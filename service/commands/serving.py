@@ -52,6 +52,7 @@ def serve(
     from prompt_store.errors import StoreError
     from service.app import create_app
     from service.engines.errors import EngineError
+    from service.ledger.journal import JournalUnavailable
     from service.settings import SettingsError, load_settings
 
     class Server(uvicorn.Server):
@@ -103,7 +104,7 @@ def serve(
         set_asyncio_executor(ThreadPoolExecutor(_STORE_THREADS, thread_name_prefix="softcue-store"))
         print(f"softcue: starting on http://{address[0]}:{address[1]}", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
-    except (SettingsError, StoreError, EngineError, OSError) as error:
+    except (SettingsError, StoreError, EngineError, JournalUnavailable, OSError) as error:
         fatal.append(error)
     except KeyboardInterrupt:
         pass  # uvicorn raises it again once it has drained; the service has stopped cleanly
