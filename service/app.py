@@ -98,8 +98,10 @@ def create_app(
     `engine` stands in for the local engine that the settings describe, and `backends` beside those that they do, for
     tests and demonstrations.
     `on_ready` is called when requests are answered, `on_fatal` when they never will be.
-    Raises EngineError and StoreError for a base model, a backend or a store that cannot be used.
+    Raises EngineError, StoreError, JournalUnavailable and SettingsError for a base model, a backend, a store, a journal
+    or a key or redaction that cannot be used.
     """
+    captures, force_key = _captures(settings), _force_key(settings)
     base = _open_base(settings)
     served = Backends([*_local(settings, base, engine), *_remote(settings, base), *backends])
     database = Database.open(settings.store.url, backups=settings.store.backups)
@@ -143,7 +145,7 @@ def create_app(
     )
     metrics.watch_journal(lambda: journal.stats)
     shipper = Shipper(journal, registry.add_entries)
-    recorder = Recorder(journal.append, _captures(settings), metrics)
+    recorder = Recorder(journal.append, captures, metrics)
     judges = Judges(catalog.resolve_task, journal.append, metrics.count_judgement)
     executor = Executor(catalog, recorder.expose)
     router = Router(served, leaves, executor, shadows, judges, Recent(), recorder, metrics, database.signing_key())
@@ -217,7 +219,7 @@ def create_app(
         return journal
 
     return Litestar(
-        state=State({"drain": drain, FORCE_KEY: _force_key(settings)}),
+        state=State({"drain": drain, FORCE_KEY: force_key}),
         route_handlers=[
             OpenAIController,
             create_response,

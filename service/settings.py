@@ -7,6 +7,7 @@ import datetime
 import difflib
 import importlib
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel as Document
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from prompt_store.prompts.soft_prompt import MAX_HEADER_BYTES, MAX_SOFT_PROMPT_BYTES
 from service.engines.local.options import EngineOptions, Precision, Quantization
@@ -102,8 +103,15 @@ class CaptureSettings(_Section):
     """
 
     sample: float = Field(1.0, gt=0, le=1)
-    retention_days: float = Field(30.0, gt=0)
-    redact: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    retention_days: float = Field(30.0, gt=0, le=36500)
+    redact: str | None = None
+
+    @field_validator("redact")
+    @classmethod
+    def _names_a_function(cls, redact: str | None) -> str | None:
+        if redact is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", redact):
+            raise ValueError("is no function; name one as module:name")
+        return redact
 
     def redaction(self) -> Callable[[str], str]:
         """What is done to each text before it is kept. Raises SettingsError where the function cannot be had."""
@@ -112,10 +120,12 @@ class CaptureSettings(_Section):
         module, _, name = self.redact.partition(":")
         try:
             found: Callable[[str], str] = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # the module is its operator's own code
             raise SettingsError(
                 f"the redaction {self.redact} cannot be loaded ({error}); make it a function of a module on PYTHONPATH"
             ) from error
+        if not callable(found):
+            raise SettingsError(f"the redaction {self.redact} is no function; name one as module:name")
         return found
 
 

@@ -40,6 +40,13 @@ class Capturing:
     retention_days: float
     redact: Callable[[str], str] = str
 
+    def redacted(self, text: str) -> str:
+        """What may be kept of a text. Raises TypeError where the hook gives something else, and whatever it raises."""
+        kept: str = self.redact(text)
+        if type(kept) is not str:  # nor can the journal write a kind of text of somebody's own
+            raise TypeError(f"it gave {type(kept).__name__} instead of text")
+        return kept
+
 
 class Recorder:
     """Appends entries. `captures` are by task; `draw` gives numbers in [0, 1) for samples."""
@@ -132,8 +139,8 @@ class Recorder:
         try:
             inputs = None
             if given is not None:
-                inputs = {name: capturing.redact(text) for name, text in given.items()}
-            prompt, answer = capturing.redact(prompt), capturing.redact(answer)
+                inputs = {name: capturing.redacted(text) for name, text in given.items()}
+            prompt, answer = capturing.redacted(prompt), capturing.redacted(answer)
         except Exception:  # the hook is its operator's own code, and no text is kept that it did not pass
             self._metrics.captures_failed.labels(run.plan.name).inc()
             if run.plan.name not in self._hooks_failing:

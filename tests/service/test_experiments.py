@@ -21,7 +21,7 @@ from service.engines.base import GenerationRequest
 from service.engines.scripted import ScriptedEngine
 from service.generation_ids import unit_hash, verify
 from service.routing.backends import Backend
-from service.settings import Settings, load_settings
+from service.settings import Settings, SettingsError, load_settings
 from tests.conftest import random_prompt
 from tests.service.routing.routed import LOST, Provider, fails, publish_remote, says, serving
 from tests.service.serving import COPY, QUERY, Store, client_of
@@ -227,20 +227,40 @@ async def test_nothing_is_captured_unless_a_task_is_opted_in_and_then_as_its_hoo
     assert [row["experiment"] for row in rows(store, answers)] == ["", ""]
 
 
-async def test_a_chat_of_one_turn_is_captured_as_the_only_input_of_its_task(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+class Own(str):
+    """As libraries have them."""
+
+
+def faulty(text: str) -> object:
+    """A hook with mistakes."""
+    if text == "blue":
+        raise ValueError(text)
+    return {"red": None, "green": Own(text)}.get(text, text)
+
+
+@pytest.mark.parametrize("colour", ["red", "green", "blue"])
+async def test_a_redaction_that_gives_no_text_or_fails_keeps_nothing_and_holds_up_no_answer(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, colour: str
 ) -> None:
     monkeypatch.setenv("SOFTCUE_TESTERS", KEY)
-    asked = {"role": "user", "content": "hi there"}
-    async with opened(store, intents={"redact": "string:capwords"}) as client:
+    async with opened(store, copy={"redact": f"{__name__}:faulty"}) as client:
         await ready(client)
-        for messages in ([asked], [{"role": "system", "content": "be kind"}, asked]):
-            sent = await client.post("/v1/chat/completions", json={"model": "intents", "messages": messages})
-            assert sent.status_code == 200
-    alone, longer = rows(store, captures)
-    assert (alone["inputs"], alone["prompt"]) == ('{"message": "Hi There"}', "")
-    assert longer["inputs"] is None
-    assert "kind" in longer["prompt"].lower()
+        for _ in range(2):
+            assert (await ask(client, inputs={"product": "mug", "colour": colour})).status_code == 200
+        assert 'softcue_captures_failed_total{task="copy"} 2.0' in (await client.get("/metrics")).text
+    assert (rows(store, captures), len(rows(store, answers))) == ([], 2)
+    assert caplog.text.count("the redaction of task 'copy' failed, so such requests are not captured") == 1
+
+
+async def test_a_service_does_not_start_without_the_key_that_its_settings_name(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in (None, ""):
+        monkeypatch.delenv("SOFTCUE_TESTERS", raising=False)
+        if value is not None:
+            monkeypatch.setenv("SOFTCUE_TESTERS", value)
+        with pytest.raises(SettingsError, match="names SOFTCUE_TESTERS, which is not set; set it to the testers' key"):
+            create_app(with_key(store), engine=ScriptedEngine())
 
 
 async def test_an_extract_tasks_json_is_checked_for_the_experiment(store: Store) -> None:
