@@ -132,6 +132,7 @@ class Catalog:
                 changed = await self._in_thread(self._watcher.wait, wait_s)
                 stale = stale or changed or self.damage.noticed
                 if stale:
+                    self.settled = False
                     await self._refresh()
                     stale = False
                 wait_s = await self._warm_next()
@@ -156,14 +157,8 @@ class Catalog:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def _refresh(self) -> None:
-        """Read, warm what is newly pointed at, swap. What waits to be warmed since before does not hold that up.
-
-        Most commits are of the ledger and of spending, and change nothing that is served.
-        """
+        """Read, warm what is newly pointed at, swap. What waits to be warmed since before does not hold that up."""
         snapshot = await self._in_thread(self._registry.snapshot, self._snapshot)
-        if snapshot is self._snapshot and not (self._cold or self.damage.noticed or self.damage.versions):
-            return
-        self.settled = False
         await self._in_thread(self.damage.look_again, snapshot)
         targets = self._pointed_at(snapshot)
         # What could not be warmed before gets another chance, but nothing waits for it.

@@ -102,12 +102,9 @@ class StoreSnapshot:
 def read_snapshot(connection: Connection, previous: StoreSnapshot | None = None) -> StoreSnapshot:
     """The store as the caller's one reading transaction sees it.
 
-    What did not change since `previous` is shared with it; where nothing did, it is returned itself. `previous` must be
-    of the same store.
+    What did not change since `previous` is shared with it. `previous` must be of the same store.
     """
     sequence = current_sequence(connection)
-    if previous is not None and previous.sequence == sequence:
-        return previous
     if previous is None or previous.sequence > sequence:
         # Fewer changes than before: a backup was restored, so nothing is known any more.
         everything = _read_tasks(connection, None, {})
