@@ -35,7 +35,8 @@ class Shipper:
     While it raises StoreUnavailable or SchemaMismatch everything is kept, and tried again with growing patience. What
     else it raises is about an entry: the batch is halved until that one is alone, and set aside.
 
-    Batches are small while that is enough, with a pause after each, because this thread takes time from requests.
+    Batches are small while that is enough, with a pause after each, because this thread takes time from requests;
+    `largest` is how many entries one may have.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Shipper:
         *,
         every_s: float = 1.0,
         pause_s: float = _PAUSE_S,
+        largest: int = _LARGEST,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._journal = journal
         self._write = write
         self._every_s = every_s
-        self._batch = _SMALLEST
+        self._smallest, self._largest = min(_SMALLEST, largest), largest
+        self._batch = self._smallest
         self._pause_s = pause_s
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="softcue-journal")
@@ -76,7 +79,7 @@ class Shipper:
         try:
             if self._clock() >= self._again_at:
                 more = self._ship(until)
-                self._batch = min(2 * self._batch, _LARGEST) if more else _SMALLEST
+                self._batch = min(2 * self._batch, self._largest) if more else self._smallest
                 if self._wait_s:
                     log.warning("the journal can be shipped to the store again")
                 self._wait_s = 0.0
@@ -111,7 +114,7 @@ class Shipper:
     def _ship_last(self, until: float) -> None:
         try:
             self._journal.sync(seal=True)
-            self._batch = _LARGEST  # no request waits any more
+            self._batch = self._largest  # no request waits any more
             if self._ship(until):
                 log.warning("time is up: what the journal still holds is shipped after the next start")
         finally:
