@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from service.generation_ids import verify
 from service.routing.backends import Backend
 from tests.postgresql import Server as PostgreSQL
 from tests.processes import Server, eventually, running, softcue
-from tests.providers import Answer, Asked, ScriptedProvider, json_answer
+from tests.providers import UNTIL_LEFT, Answer, Asked, ScriptedProvider, json_answer
 from tests.service.routing.routed import Provider
 from tests.service.serving import COPY, open_store
 
@@ -33,7 +33,7 @@ SETTINGS = """
 url = "{location}"
 
 [server]
-drain_s = 2
+drain_s = 0.5
 
 [engine]
 enabled = false
@@ -49,7 +49,10 @@ ARMS = [{"name": "control", "weight": 0.5}, {"name": "candidate", "weight": 0.5,
 CALLERS = 4
 
 
-def red(_: Asked) -> Answer:
+def red(asked: Asked) -> Answer:
+    """Of what is slow nothing is said."""
+    if b"slow" in asked.body:
+        return [UNTIL_LEFT]
     message = {"role": "assistant", "content": "a red mug", "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
     usage = {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
@@ -68,6 +71,7 @@ class Used:
     arguments: list[str]
     folder: Path
     signing_key: bytes
+    provider: ScriptedProvider
     answered: set[str] = field(default_factory=set)
     reported: set[str] = field(default_factory=set)
 
@@ -86,6 +90,22 @@ class Used:
         async with asyncio.timeout(60):
             while len(self.reported) < wanted:  # noqa: ASYNC110 (callers count)
                 await asyncio.sleep(0.001)
+
+    @asynccontextmanager
+    async def waiting(self, server: Server) -> AsyncIterator[None]:
+        """Callers that are not answered until the server has ended."""
+        async with httpx.AsyncClient(base_url=server.url, timeout=30) as client, asyncio.TaskGroup() as callers:
+            for stream in (False, True):
+                callers.create_task(self._wait(client, stream))
+            async with asyncio.timeout(60):
+                while sum(b"slow" in asked.body for asked in self.provider.requests) < 2:  # noqa: ASYNC110 (they count)
+                    await asyncio.sleep(0.001)
+            yield
+
+    async def _wait(self, client: httpx.AsyncClient, stream: bool) -> None:
+        body = {"inputs": {"product": "slow", "colour": "red"}, "stream": stream}
+        with suppress(httpx.TransportError):
+            assert (await client.post("/v1/tasks/copy/generate", json=body)).status_code != 200
 
     async def _call(self, client: httpx.AsyncClient) -> None:
         try:
@@ -122,7 +142,7 @@ async def used(folder: Path, location: str, base: BaseModel) -> AsyncIterator[Us
     settings = folder / "softcue.toml"
     async with ScriptedProvider(red) as provider:
         settings.write_text(SETTINGS.format(location=location, provider=provider.url))
-        yield Used(["serve", "--config", str(settings), "--port", "0"], folder, key)
+        yield Used(["serve", "--config", str(settings), "--port", "0"], folder, key, provider)
 
 
 async def ended(server: Server) -> int:
@@ -151,10 +171,14 @@ async def test_a_server_that_is_stopped_while_it_is_used_has_stored_all_that_it_
 ) -> None:
     async with used(tmp_path, location, base) as service, service.serving() as server:
         await service.more()
-        server.process.send_signal(signal.SIGTERM)
-        assert await ended(server) == 0
+        async with service.waiting(server):
+            server.process.send_signal(signal.SIGTERM)
+            assert await ended(server) == 0
     assert segments(tmp_path) == []
     assert_all_is_there(location, service)
+    # Also of requests that were cut off it is known how they ended.
+    assert len(requests(location, answers.c.request)) >= len(service.answered) + 2
+    assert requests(location, exposures.c.request) == requests(location, answers.c.request)
 
 
 async def test_a_server_that_is_killed_has_all_that_it_took_stored_by_the_next(

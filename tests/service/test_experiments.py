@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
 import httpx
@@ -24,7 +25,7 @@ from service.routing.backends import Backend
 from service.settings import Settings, SettingsError, load_settings
 from tests.conftest import random_prompt
 from tests.service.routing.routed import LOST, Provider, fails, publish_remote, says, serving
-from tests.service.serving import COPY, QUERY, Store, client_of
+from tests.service.serving import COPY, QUERY, Store, client_of, listening
 
 KEY = "for testers alone"
 ARMS = [{"name": "control", "weight": 0.5}, {"name": "candidate", "weight": 0.5, "version": "v2"}]
@@ -123,6 +124,31 @@ async def test_what_a_fallback_answered_counts_for_the_intended_arm_and_is_seen_
     for each in sums.metrics["latency_ms"]:
         counts[each.arm] += each.units
     assert counts == Counter(arms.values())
+
+
+async def test_of_each_request_that_was_exposed_it_is_known_how_it_ended_whenever_its_caller_left(store: Store) -> None:
+    start(store)
+    begun = itertools.cycle([[], ["half an"]])
+    slow = ScriptedEngine(lambda _: [*next(begun), asyncio.Event()])
+    with listening(store, slow) as url:
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+
+            async def leave(number: int) -> None:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(number / 1000):  # from before it was taken to after its first delta
+                        await ask(client, f"user {number}", stream=number % 2 == 0)
+
+            await asyncio.gather(*map(leave, range(60)))
+            last = asyncio.create_task(ask(client, "the last"))
+            async with asyncio.timeout(10):
+                while not slow.running:  # noqa: ASYNC110 (another thread asks it)
+                    await asyncio.sleep(0.001)
+            last.cancel()
+            await asyncio.gather(last, return_exceptions=True)
+    shown, ended = ({row["request"] for row in rows(store, table)} for table in (exposures, answers))
+    assert shown == ended
+    assert shown
+    assert {row["outcome"] for row in rows(store, answers)} == {"cancelled"}
 
 
 async def test_held_out_and_untargeted_requests_get_the_control(store: Store) -> None:
@@ -225,6 +251,22 @@ async def test_nothing_is_captured_unless_a_task_is_opted_in_and_then_as_its_hoo
     assert conversation["inputs"] is None
     assert "Tell Me More" in conversation["prompt"] or "tell Me More" in conversation["prompt"]
     assert [row["experiment"] for row in rows(store, answers)] == ["", ""]
+
+
+async def test_a_chat_of_one_turn_is_captured_as_the_only_input_of_its_task(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOFTCUE_TESTERS", KEY)
+    asked = {"role": "user", "content": "hi there"}
+    async with opened(store, intents={"redact": "string:capwords"}) as client:
+        await ready(client)
+        for messages in ([asked], [{"role": "system", "content": "be kind"}, asked]):
+            sent = await client.post("/v1/chat/completions", json={"model": "intents", "messages": messages})
+            assert sent.status_code == 200
+    alone, longer = rows(store, captures)
+    assert (alone["inputs"], alone["prompt"]) == ('{"message": "Hi There"}', "")
+    assert longer["inputs"] is None
+    assert "kind" in longer["prompt"].lower()
 
 
 class Own(str):
