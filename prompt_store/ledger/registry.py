@@ -5,7 +5,10 @@ Each method but `forget` is one transaction. Every method may raise StoreUnavail
 
 from collections.abc import Iterator, Sequence
 
+from sqlalchemy.exc import ProgrammingError
+
 from prompt_store.access import Principal
+from prompt_store.errors import StoreUnavailable
 from prompt_store.experiments.registry import ExperimentRegistry
 from prompt_store.ledger import analysis, erasing, writing
 from prompt_store.ledger.analysis import Missing
@@ -21,9 +24,17 @@ class LedgerRegistry(ExperimentRegistry):
     """Threads may share one."""
 
     def add_entries(self, entries: Sequence[Entry]) -> None:
-        """Takes entries in, all of them or none; those that are there already change nothing."""
-        with self.database.write(announced=False) as connection:
-            writing.add_entries(connection, entries)
+        """Takes entries in, all of them or none; those that are there already change nothing.
+
+        What is at fault in an entry itself is raised as it is.
+        """
+        try:
+            with self.database.write(announced=False) as connection:
+                writing.add_entries(connection, entries)
+        except ProgrammingError as error:
+            raise StoreUnavailable(
+                f"the store cannot take the ledger in: {error.orig}; see that its tables are as migrations left them"
+            ) from error
 
     def experiment_sums(
         self, name: str, task: str, metrics: Sequence[str], *, missing: Missing, started_ms: int

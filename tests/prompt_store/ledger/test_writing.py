@@ -12,6 +12,7 @@ from sqlalchemy import select
 from sqlalchemy import text as sql
 
 from prompt_store.database import Database
+from prompt_store.errors import StoreUnavailable
 from prompt_store.ledger.entries import Entry, Outcome
 from prompt_store.prompts.registry import Registry
 from prompt_store.tables import answers, captures, exposures, outcomes
@@ -105,3 +106,14 @@ def test_a_boolean_is_kept_as_a_number_and_a_text_as_text(registry: Registry) ->
     with registry.database.read() as connection:
         kept = connection.execute(select(outcomes.c.value, outcomes.c.text).order_by(outcomes.c.request)).all()
     assert [tuple(row) for row in kept] == [(1.0, None), (0.0, None), (0.25, None), (None, "nul\ufffd")]
+
+
+def test_tables_that_are_not_as_they_should_be_are_the_stores_fault_and_no_entrys(registry: Registry) -> None:
+    with registry.database.write() as connection:
+        connection.execute(sql("ALTER TABLE outcomes RENAME TO elsewhere"))
+    with pytest.raises(StoreUnavailable, match=r"(cannot take the ledger in|cannot be used now): .*outcomes"):
+        registry.add_entries([exposure("1"), outcome("1")])
+    with registry.database.write() as connection:
+        connection.execute(sql("ALTER TABLE elsewhere RENAME TO outcomes"))
+    registry.add_entries([exposure("1"), outcome("1")])
+    assert [len(found) for found in rows(registry)] == [1, 0, 1, 0]
