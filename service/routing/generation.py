@@ -76,9 +76,11 @@ class Generation:
 
     async def aclose(self) -> None:
         """End it, wherever it stands: the engine frees what it held. Closing twice changes nothing."""
-        if self._begun is not None:
-            await self._begun.aclose()
-        self.record.end("cancelled", None)
+        try:
+            if self._begun is not None:
+                await self._begun.aclose()
+        finally:  # also where whoever closes it is cancelled again meanwhile
+            self.record.end("cancelled", None)
 
     async def whole(self, n: int = 1) -> Answers:
         """All `n` choices at once. However that ends, it is closed."""
