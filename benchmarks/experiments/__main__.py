@@ -101,7 +101,6 @@ def report_figures(rounds: int, console: Console) -> dict[str, float | None]:
     console.print(f"The report says: {found.sentence}", markup=False)
     return {
         "report_s": found.whole_s,
-        "report_sums_s": found.sums_s,
         "report_figures_s": found.figures_s,
         "report_page_s": found.page_s,
     }
