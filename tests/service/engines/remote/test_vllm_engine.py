@@ -505,9 +505,11 @@ async def test_a_server_that_dies_within_a_stream_ends_it_in_an_error_and_others
         with pytest.raises(ProviderUnavailable, match="hung up before its answer was whole"):
             await anext(events)
         engine.provider.undrain(staying.url)
-        for seed in range(8):
+        for seed in range(64):  # until one of them belongs to the server that died, by a port that nobody chose
             answers = await collect(engine.generate(request(soft_prompt=reference(base, seed))))
             assert answers.answers[0].text == "ab"
+            if engine.stats().replicas_healthy < 2:
+                break
         assert (engine.stats().running, engine.stats().replicas_healthy) == (0, 1)
         await engine.close()
 
