@@ -31,15 +31,26 @@ class Provider:
                 asked.append(data)
                 super().data_received(data)
 
+        kind = protocol or Counting
+        opened = self._opened = list[asyncio.BaseTransport]()
+
+        class Kept(kind):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                opened.append(transport)
+                super().connection_made(transport)
+
         self._server = asyncio.run_coroutine_threadsafe(
-            self._loop.create_server(protocol or Counting, "127.0.0.1", 0), self._loop
+            self._loop.create_server(Kept, "127.0.0.1", 0), self._loop
         ).result()
         self.port = int(self._server.sockets[0].getsockname()[1])
 
     def end(self) -> None:
         async def close() -> None:
             self._server.close()
+            for transport in self._opened:
+                transport.close()
             await self._server.wait_closed()
+            await asyncio.sleep(0)  # the loop closes sockets in its next turn
 
         asyncio.run_coroutine_threadsafe(close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
